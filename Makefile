@@ -1,0 +1,36 @@
+# Every target builds its own .venv from python3 and pip alone and may be run again at no cost.
+# The environment is made without its own pip (Debian's python3 has no ensurepip): the one at hand installs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: demo test test-slow lint bench notebooks clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install -q -c constraints.txt -e ".[examples,dev]"
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python models/vae.py --output demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/elbo_step.py
+
+notebooks: .venv/ready
+	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet"
+
+clean:
+	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,221 @@
+"""What every ELBO class of this package shares: one primitive, two derived methods, one check of values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.infer.enum import get_importance_trace
+from torch import Tensor
+
+from pyro_elbo_ext.gradients.pathwise import Estimate
+from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
+from pyro_elbo_ext.tracing import forked_rng
+
+__all__ = ["ParticleELBO"]
+
+
+class ParticleELBO(ELBO):
+    """Base of losses made from weighted particles, for ``pyro.infer.SVI(model, guide, optim, loss=...)``.
+
+    A subclass defines :meth:`_estimate`. ``differentiable_loss`` is its negative, so ``elbo(model, guide)`` is an
+    ``nn.Module`` with every class; ``loss`` and ``loss_and_grads`` derive from the same estimate. Values are negative
+    bounds in nats, summed over plates and scaled for subsampling.
+
+    Args:
+        num_particles: number of particles K.
+        plates: names of the plates over which the bound factorises, or None to decide by the structure.
+        vectorize_particles: run the pair once with all particles along a dimension left of its plates, or K times.
+        max_plate_nesting: dimensions that the pair's plates take; found by one extra run if not given.
+        nonfinite: ``"raise"`` to refuse a log-weight that is NaN or +inf, ``"drop"`` to count such a particle as one
+            of weight zero. A log-weight of -inf is a weight of zero in either case.
+        retain_graph: passed to ``backward``.
+
+    Attributes:
+        num_dropped: particles left out so far under ``nonfinite="drop"``.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        plates: Sequence[str] | None = None,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        nonfinite: str = "raise",
+        retain_graph: bool | None = None,
+    ) -> None:
+        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}")
+        if nonfinite not in ("raise", "drop"):
+            raise ValueError(f'nonfinite must be "raise" or "drop", got {nonfinite!r}')
+        if isinstance(plates, str):
+            raise ValueError(
+                f"plates must be a sequence of names, got the string {plates!r}; write plates=({plates!r},)"
+            )
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            retain_graph=retain_graph,
+        )
+        self.plates = None if plates is None else tuple(plates)
+        self.nonfinite = nonfinite
+        self.num_dropped = 0
+        self._layouts: dict = {}
+
+    @abstractmethod
+    def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
+        """Return the objective at some draws, its gradient attached where gradients are enabled."""
+
+    @property
+    def _linear(self) -> bool:
+        """True where scales may stand inside the weights."""
+        return self.num_particles == 1
+
+    def _sampler(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> ParticleSampler:
+        if self.max_plate_nesting == math.inf:
+            with forked_rng():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+        return ParticleSampler(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            vectorize=self.vectorize_particles or self.num_particles == 1,
+            max_plate_nesting=int(self.max_plate_nesting) - self._particle_dims,
+            plates=self.plates,
+            linear=self._linear,
+            layouts=self._layouts,
+        )
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """Return model and guide trace of one run, for Pyro tools that ask an ELBO for them."""
+        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+    @property
+    def _particle_dims(self) -> int:
+        """Dimensions that the particles take, counted in ``max_plate_nesting`` as Pyro does."""
+        return int(self.vectorize_particles and self.num_particles > 1)
+
+    def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
+        self.max_plate_nesting = _plate_nesting(model, guide, args, kwargs) + self._particle_dims
+
+    def _run(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[ParticleSampler, list, Estimate]:
+        sampler = self._sampler(model, guide, args, kwargs)
+        try:
+            draws = sampler.draw()
+            return sampler, draws, self._estimate(sampler, draws)
+        except (ValueError, RuntimeError) as error:
+            with forked_rng():
+                nesting = _plate_nesting(model, guide, args, kwargs)
+            if nesting <= sampler.max_plate_nesting:
+                raise
+            raise ValueError(
+                f"the model and guide now have {nesting} nested plates, but this ELBO was first used with "
+                f"{sampler.max_plate_nesting}, and its particles lie left of those. Use a new ELBO for another model, "
+                f"or give this one max_plate_nesting={nesting}."
+            ) from error
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, a scalar tensor whose gradient is the estimator's. Its values are not checked."""
+        return -self._run(model, guide, args, kwargs)[2].objective
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return the loss in nats.
+
+        Raises:
+            ValueError: a log-weight is not finite; site and particle are named.
+        """
+        return -self._checked(model, guide, args, kwargs)[1]
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return the loss in nats and add its gradient to the parameters'.
+
+        Raises:
+            ValueError: a log-weight is not finite; site and particle are named, and no gradient was added.
+        """
+        estimate, value = self._checked(model, guide, args, kwargs)
+        if estimate.objective.requires_grad:
+            (-estimate.objective).backward(retain_graph=self.retain_graph)
+        return -value
+
+    def _checked(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Estimate, float]:
+        """Estimate the objective, having left out or refused what is not finite, at the price of one host sync."""
+        sampler, draws, estimate = self._run(model, guide, args, kwargs)
+        log_w = estimate.particles.log_weight.detach()
+        bad = ~torch.isfinite(log_w)
+        value, num_bad = torch.stack([estimate.objective.detach(), bad.sum().to(log_w.dtype)]).tolist()
+        if num_bad:
+            invalid = bad & (log_w != -math.inf)
+            if self.nonfinite == "raise" and invalid.any():
+                raise ValueError(_describe(estimate.particles, invalid))
+            if bad.all(0).any():
+                raise ValueError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
+            self.num_dropped += int(invalid.sum())
+            estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
+            value = float(estimate.objective.detach())
+        if not math.isfinite(value):
+            raise ValueError(_describe(estimate.particles, bad) if num_bad else _describe_constant(estimate.particles))
+        return estimate, value
+
+
+def _plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> int:
+    with pyro.poutine.block(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mismatches are refused with a better text when the pair is run for good
+        traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
+    dims = [
+        f.dim
+        for trace in traces
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for f in site["cond_indep_stack"]
+        if f.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def _describe(particles: Particles, bad: Tensor, whose: str = "") -> str:
+    """Name the first particle whose log-weight is not finite and the site that made it so."""
+    index = bad.nonzero()[0].tolist()
+    particle, element = index[0], index[1:]
+    sites = particles.runs[particle if len(particles.runs) > 1 else 0]
+    where = ", ".join(f"{name}={element[dim]}" for name, dim in _plate_dims(particles).items())
+    value = float(particles.log_weight[tuple(index)])
+    culprit = "no single site"
+    for site in sites:
+        log_prob = site.log_prob
+        if len(particles.runs) == 1 and log_prob.dim() == bad.dim():
+            log_prob = log_prob[particle]
+        finite = torch.isfinite(log_prob)
+        if not finite.all():
+            culprit = f"{site.origin} site '{site.name}', log-density {float(log_prob[~finite][0])}"
+            break
+    return (
+        f"the log-weight {whose}is {value} (particle {particle}{', ' + where if where else ''}); first seen at "
+        f"{culprit}. Nothing was updated. Look for an overflow or a value outside the support there; nonfinite='drop' "
+        "leaves out single particles."
+    )
+
+
+def _plate_dims(particles: Particles) -> dict[str, int]:
+    return dict(zip(particles.layout.plates, sorted(particles.layout.dims), strict=True))
+
+
+def _describe_constant(particles: Particles) -> str:
+    for site in particles.runs[0]:
+        if not torch.isfinite(site.log_prob).all():
+            return (
+                f"the loss is not finite: {site.origin} site '{site.name}' has a log-density that is not. Nothing was "
+                "updated."
+            )
+    return "the loss is not finite although every log-density is. Nothing was updated; look at scales and sizes."

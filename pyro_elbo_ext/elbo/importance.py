@@ -1,0 +1,257 @@
+"""Importance-weighted bounds: one class = a bound x a gradient estimator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_elbo_ext.bounds import CIWAE, IWAE, MIWAE, VRIWAE, Bound, FunctionBound
+from pyro_elbo_ext.elbo.base import ParticleELBO
+from pyro_elbo_ext.gradients.pathwise import (
+    DoublyReparameterized,
+    Estimate,
+    Estimator,
+    Pathwise,
+    StickingTheLanding,
+    Weights,
+    attached,
+    check_reparameterized,
+    replayed,
+)
+from pyro_elbo_ext.particles import Draw, ParticleSampler
+
+__all__ = [
+    "CIWAE_ELBO",
+    "Explanation",
+    "IWAE_ELBO",
+    "ImportanceWeighted_ELBO",
+    "MIWAE_ELBO",
+    "PIWAE_ELBO",
+    "VRIWAE_ELBO",
+]
+
+ESTIMATORS: dict[str, Estimator] = {e.name: e for e in (Pathwise(), StickingTheLanding(), DoublyReparameterized())}
+
+
+class Explanation(NamedTuple):
+    """What an ELBO does with a model/guide pair.
+
+    Attributes:
+        gradient: the estimator's name.
+        reason: why ``gradient="auto"`` chose it, or that it was asked for.
+        plates: plates over which the bound factorises; none means one joint weight.
+        constants: sites that need no weight, for they depend on no random value.
+        annealed: True where a scale of the user's differs by site, so that the value is no bound.
+    """
+
+    gradient: str
+    reason: str
+    plates: tuple[str, ...]
+    constants: tuple[str, ...]
+    annealed: bool
+
+
+class ImportanceWeighted_ELBO(ParticleELBO):
+    r"""Base of bounds that are a function of the log-weights of K particles.
+
+    A subclass defines ``bound(self, log_w)``, one function from log-weights ``[num_particles, *plates]`` to a value in
+    nats per plate element, and gets every estimator, minibatches, and any mix of plates. A
+    :class:`~pyro_elbo_ext.bounds.Bound` as attribute does as well, and brings its closed forms.
+
+    Args:
+        num_particles: K.
+        gradient: ``"pathwise"``, ``"stl"``, ``"dreg"``, an :class:`~pyro_elbo_ext.gradients.Estimator`, or ``"auto"``:
+            doubly reparameterised for two particles or more, the total derivative for one and for flow guides.
+        plates: as in :class:`~pyro_elbo_ext.elbo.base.ParticleELBO`, like all that follow.
+        vectorize_particles: run all particles at once.
+        max_plate_nesting: plate dimensions of the pair.
+        nonfinite: ``"raise"`` or ``"drop"``.
+        retain_graph: passed to ``backward``.
+    """
+
+    bound: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        gradient: str | Estimator = "auto",
+        plates: Sequence[str] | None = None,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        nonfinite: str = "raise",
+        retain_graph: bool | None = None,
+    ) -> None:
+        super().__init__(num_particles, plates, vectorize_particles, max_plate_nesting, nonfinite, retain_graph)
+        if isinstance(gradient, str) and gradient != "auto" and gradient not in ESTIMATORS:
+            known = ", ".join(f'"{name}"' for name in ("auto", *ESTIMATORS))
+            raise ValueError(f"gradient must be one of {known} or an Estimator, got {gradient!r}")
+        if not hasattr(self, "bound"):
+            raise TypeError(f"{type(self).__name__} must define bound(self, log_w), a function of log-weights")
+        self.gradient = gradient
+        self._bound.check_num_particles(num_particles)
+
+    @property
+    def _bound(self) -> Bound:
+        return self.bound if isinstance(self.bound, Bound) else FunctionBound(self.bound)
+
+    @property
+    def _linear(self) -> bool:
+        return self.num_particles == 1 or self._bound.linear
+
+    def _choose(self, draws: Sequence[Draw]) -> tuple[Estimator, str]:
+        if isinstance(self.gradient, Estimator):
+            return self.gradient, "asked for"
+        if self.gradient != "auto":
+            return ESTIMATORS[self.gradient], "asked for"
+        if self.num_particles == 1:
+            return ESTIMATORS["pathwise"], "one particle: the total derivative, as pyro.infer.Trace_ELBO"
+        for name in draws[0].leaves:
+            if _is_flow(draws[0].traces.guide.nodes[name]["fn"]):
+                return ESTIMATORS["pathwise"], f"'{name}' is a flow, whose inverse may be slow or missing"
+        return ESTIMATORS["dreg"], "reparameterised guide, several particles: unbiased with the least variance"
+
+    def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
+        estimator, _ = self._choose(draws)
+        check_reparameterized(draws, estimator.name)
+        bound = self._bound
+        if not estimator.replays or not draws[0].leaves or not torch.is_grad_enabled():
+            return attached(sampler, draws, bound)
+        return replayed(sampler, draws, bound, lambda log_w: estimator.weights(bound, log_w))
+
+    @torch.no_grad()
+    def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Explanation:
+        """Say what this ELBO does with a pair: estimator, plates, constants, annealing. Runs the pair once."""
+        sampler = self._sampler(model, guide, args, kwargs)
+        draws = sampler.draw()
+        particles = sampler.evaluate(draws)
+        estimator, reason = self._choose(draws)
+        constants = tuple(name for _, name in sorted(particles.layout.constants))
+        return Explanation(estimator.name, reason, particles.layout.plates, constants, particles.annealed)
+
+
+def _is_flow(fn: Any) -> bool:
+    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return any(isinstance(t, torch.nn.Module) for t in getattr(fn, "transforms", ()))
+
+
+class IWAE_ELBO(ImportanceWeighted_ELBO):
+    r""":math:`E \sum_i \log \frac{1}{K} \sum_k w_{ik}`, the importance-weighted bound.
+
+    One weight per element i of the plates common to all random sites. Tighter than the ELBO, and tighter with every
+    particle; right on minibatches. The default when the value matters.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015, arXiv:1509.00519).
+
+    Args:
+        num_particles: K; the ELBO at 1.
+        gradient: as in :class:`ImportanceWeighted_ELBO`, like all that follow.
+        plates: plates to factorise over.
+        vectorize_particles: run all particles at once.
+        max_plate_nesting: plate dimensions of the pair.
+        nonfinite: ``"raise"`` or ``"drop"``.
+        retain_graph: passed to ``backward``.
+    """
+
+    bound = IWAE()
+
+
+class VRIWAE_ELBO(ImportanceWeighted_ELBO):
+    r""":math:`E \sum_i \frac{1}{1-\alpha} \log \frac{1}{K} \sum_k w_{ik}^{1-\alpha}`: IWAE at 0, the ELBO at 1.
+
+    Between the two it trades tightness for a guide gradient that keeps more of its signal.
+
+    References:
+        Alpha-divergence Variational Inference Meets Importance Weighted Auto-Encoders: Methodology and Asymptotics
+        (Daudel, Benton, Shi, Doucet, 2022, arXiv:2210.06226).
+
+    Args:
+        alpha: in [0, 1].
+        num_particles: K.
+        **kwargs: as in :class:`ImportanceWeighted_ELBO`.
+
+    Raises:
+        ValueError: ``alpha`` outside [0, 1], where Renyi's value is no lower bound or below the ELBO.
+    """
+
+    def __init__(self, alpha: float, num_particles: int = 8, **kwargs: Any) -> None:
+        self.bound = VRIWAE(alpha)
+        super().__init__(num_particles, **kwargs)
+
+
+class MIWAE_ELBO(ImportanceWeighted_ELBO):
+    r"""The mean of M importance-weighted bounds over K/M particles each.
+
+    Looser than IWAE on all K, with a higher signal-to-noise ratio of the guide's pathwise gradient.
+
+    References:
+        Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018, arXiv:1802.04537).
+
+    Args:
+        num_particles: K, over all groups.
+        num_groups: M, a divisor of K.
+        **kwargs: as in :class:`ImportanceWeighted_ELBO`.
+    """
+
+    def __init__(self, num_particles: int = 8, num_groups: int = 2, **kwargs: Any) -> None:
+        self.bound = MIWAE(num_groups)
+        super().__init__(num_particles, **kwargs)
+
+
+class CIWAE_ELBO(ImportanceWeighted_ELBO):
+    r""":math:`\beta\,\mathrm{ELBO} + (1 - \beta)\,\mathrm{IWAE}` on the same particles.
+
+    References:
+        Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018, arXiv:1802.04537).
+
+    Args:
+        beta: the ELBO's share, in [0, 1].
+        num_particles: K.
+        **kwargs: as in :class:`ImportanceWeighted_ELBO`.
+    """
+
+    def __init__(self, beta: float, num_particles: int = 8, **kwargs: Any) -> None:
+        self.bound = CIWAE(beta)
+        super().__init__(num_particles, **kwargs)
+
+
+class PIWAE_ELBO(ImportanceWeighted_ELBO):
+    r"""IWAE on all K particles for the model, the mean of M bounds on K/M particles for the guide.
+
+    The value is the model's bound. There is no single function whose gradient this is: the model's parameters follow
+    the tighter bound, the guide's the one with the better signal. What the log-joint depends on with the latent values
+    held counts as the model.
+
+    References:
+        Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018, arXiv:1802.04537).
+
+    Args:
+        num_particles: K, over all groups.
+        num_groups: M, a divisor of K.
+        **kwargs: as in :class:`ImportanceWeighted_ELBO`.
+    """
+
+    bound = IWAE()
+
+    def __init__(self, num_particles: int = 8, num_groups: int = 2, **kwargs: Any) -> None:
+        self._guide_bound = MIWAE(num_groups)
+        self._guide_bound.check_num_particles(num_particles)
+        super().__init__(num_particles, **kwargs)
+
+    def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
+        estimator, _ = self._choose(draws)
+        check_reparameterized(draws, estimator.name)
+        if not draws[0].leaves or not torch.is_grad_enabled():
+            return attached(sampler, draws, self._bound)
+
+        def weights(log_w: Tensor) -> Weights:
+            model = estimator.weights(self._bound, log_w)
+            guide = estimator.weights(self._guide_bound, log_w)
+            return Weights(model.model, guide.path, guide.score)
+
+        return replayed(sampler, draws, self._bound, weights)

@@ -1,0 +1,266 @@
+r"""Runs a model/guide pair for K particles and returns their log-weights, per plate and unscaled.
+
+Everything an importance-weighted or score-function objective needs is one tensor, the log-weights
+``log_w[num_particles, *plates]``. Two steps make it, so that an estimator can come between them:
+
+1. :meth:`ParticleSampler.draw` runs the guide and keeps the values of its *leaves*, the sites that are truly random
+   (everything but ``Delta`` sites, observed sites and subsample indices).
+2. :meth:`ParticleSampler.evaluate` scores guide and model at those values, or at any others put in their place, such
+   as detached copies whose gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyro_elbo_ext.dependencies import dependencies
+from pyro_elbo_ext.plates import Layout, Site, check_pair, decide_layout, is_leaf, site_scales
+from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
+
+__all__ = ["Draw", "ParticleSampler", "Particles"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One run of the guide: all K particles if they are vectorised, one of them if not.
+
+    Attributes:
+        traces: of the guide, and of the model where the guide runs it itself.
+        leaves: values of the random sites, attached to the guide's parameters.
+        patched: True where a leaf no longer is what the guide drew.
+    """
+
+    traces: Traces
+    leaves: dict[str, Tensor]
+    patched: bool = False
+
+
+@dataclass(frozen=True)
+class Particles:
+    """What the K particles of one step weigh.
+
+    Attributes:
+        log_joint: model log-density, less the guide's deterministic terms (the Jacobians in its ``Delta`` sites);
+            ``[num_particles, *plates]``, where a dimension summed out has size 1.
+        log_guide: the guide's log-density at its random leaves, of the same shape.
+        scale: what stands outside the bound: subsampling's N/B times the user's scale; broadcasts with ``[*plates]``.
+        constant: scaled log-density of sites that do not depend on any random value, a scalar.
+        annealed: True where the user's scale differs between sites and so stands inside the weights.
+        layout: which plates are kept, and which sites are constants.
+        runs: every scored site of every run, for reports and error messages.
+    """
+
+    log_joint: Tensor
+    log_guide: Tensor
+    scale: Tensor | float
+    constant: Tensor | float
+    annealed: bool
+    layout: Layout
+    runs: list[list[Site]] = field(repr=False)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log-weights ``[num_particles, *plates]`` in nats."""
+        return self.log_joint - self.log_guide
+
+
+@dataclass
+class ParticleSampler:
+    """Draws and scores the particles of one step.
+
+    All particles share one minibatch: subsample indices are drawn once.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        args: their positional arguments.
+        kwargs: their keyword arguments.
+        num_particles: K.
+        vectorize: run once with K along a plate left of all others, or K times.
+        max_plate_nesting: dimensions that the pair's own plates take.
+        plates: names of the plates to factorise over, or None to decide by the structure.
+        linear: the bound is an average, so scales may stand inside the weights.
+        layouts: cache of decided layouts, by structure.
+    """
+
+    model: Callable
+    guide: Callable
+    args: tuple
+    kwargs: dict
+    num_particles: int
+    vectorize: bool
+    max_plate_nesting: int
+    plates: Sequence[str] | None = None
+    linear: bool = False
+    layouts: dict[Any, Layout] = field(default_factory=dict)
+    _indices: dict[str, Tensor] = field(default_factory=dict)
+    _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
+
+    def _wrapped(self, fn: Callable) -> Callable:
+        if self.num_particles == 1 or not self.vectorize:
+            return fn
+        return pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-self.max_plate_nesting - 1)(fn)
+
+    def draw(self) -> list[Draw]:
+        """Run the guide and return its draws: one of K particles, or K of one."""
+        draws = []
+        for _ in range(1 if self.vectorize else self.num_particles):
+            traces = run_guide(self._wrapped(self.guide), self.args, self.kwargs, self._indices)
+            self._indices = {**traces.indices, **self._indices}
+            leaves = {name: site["value"] for name, site in traces.guide.nodes.items() if is_leaf(site)}
+            draws.append(Draw(traces, leaves))
+        return draws
+
+    def evaluate(self, draws: Sequence[Draw], leaves: Sequence[dict[str, Tensor]] | None = None) -> Particles:
+        """Score guide and model.
+
+        Args:
+            draws: from :meth:`draw`.
+            leaves: values to score at, one dict per draw; by default the drawn ones.
+
+        Raises:
+            ValueError: the pair does not match, or a plate's scale would stand inside the log; site or plate is named.
+        """
+        layouts, runs = [], []
+        for i, draw in enumerate(draws):
+            if leaves is not None:
+                traces = self._traces_at(leaves[i])
+            elif draw.patched:
+                traces = self._traces_at(draw.leaves)
+            else:
+                traces = run_model(self._wrapped(self.model), self.args, self.kwargs, draw.traces, self._indices)
+            self._indices = {**traces.indices, **self._indices}
+            layouts.append(self._layout(traces))
+            runs.append(self._score(traces))
+        if any(layout != layouts[0] for layout in layouts):
+            raise ValueError(
+                "particles of one step differ in their plates: the model's structure changes with its random values. "
+                "One bound over them has no common shape; use num_particles=1, or pyro.infer.Trace_ELBO."
+            )
+        return self._weigh(layouts[0], runs)
+
+    def _traces_at(self, leaves: dict[str, Tensor]) -> Traces:
+        model, guide = self._wrapped(self.model), self._wrapped(self.guide)
+        return run_pair(model, guide, self.args, self.kwargs, {**self._indices, **leaves})
+
+    def _layout(self, traces: Traces) -> Layout:
+        key = tuple(
+            (trace is traces.guide, name, site["is_observed"], *_frames(site))
+            for trace in (traces.guide, traces.model)
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+        )
+        layout = self.layouts.get(key)
+        if layout is None:
+            check_pair(traces)
+            layout = decide_layout(traces, self.plates, self.linear, self._dependents, self.max_plate_nesting)
+            self.layouts[key] = layout
+        return layout
+
+    def _dependents(self) -> set[tuple[str, str]]:
+        found = dependencies(self.model, self.guide, self.args, self.kwargs)
+        return {site for site, leaves in found.log_prob.items() if leaves}
+
+    def _score(self, traces: Traces) -> list[Site]:
+        nesting = self.max_plate_nesting + (self.vectorize and self.num_particles > 1)
+        sites = []
+        for origin, trace in (("guide", traces.guide), ("model", traces.model)):
+            for name, node in trace.nodes.items():
+                if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
+                    continue
+                log_prob = _log_prob(name, node)
+                if is_validation_enabled():
+                    check_site_shape({**node, "log_prob": log_prob}, nesting)
+                log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
+                sites.append(Site(name, origin, log_prob, node, origin == "guide" and is_leaf(node)))
+        return sites
+
+    def _weigh(self, layout: Layout, runs: list[list[Site]]) -> Particles:
+        constants = [site for sites in runs for site in sites if site.key in layout.constants]
+        constant: Any = sum(site.sign * (site.log_prob * site.node["scale"]).sum() for site in constants)
+        constant = constant / self.num_particles
+        weighted = [[site for site in sites if site.key not in layout.constants] for sites in runs]
+        inside, outside, annealed = site_scales(sum(weighted, []), layout, self.max_plate_nesting)
+        if not layout.leaves:
+            like = constant if isinstance(constant, Tensor) else torch.zeros(())
+            zeros = like.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
+            return Particles(zeros, zeros, 1.0, constant, annealed, layout, runs)
+        scales = iter(inside)
+        log_joint: list[Any] = []
+        log_guide: list[Any] = []
+        for sites in weighted:
+            terms = [(site, self._reduce(site.log_prob, next(scales), layout)) for site in sites]
+            log_joint.append(sum(site.sign * term for site, term in terms if not site.is_leaf))
+            log_guide.append(sum(term for site, term in terms if site.is_leaf))
+        joint = torch.cat(log_joint) if len(runs) > 1 else log_joint[0]
+        guide = torch.cat(log_guide) if len(runs) > 1 else log_guide[0]
+        if self._dropped is not None:
+            joint = joint.masked_fill(self._dropped, -math.inf)
+        return Particles(joint, guide, outside, constant, annealed, layout, runs)
+
+    def _reduce(self, log_prob: Tensor, scale: float | Tensor, layout: Layout) -> Tensor:
+        """Scale a term and sum out all but the particle and the common plates; every plate keeps its dimension."""
+        if isinstance(scale, Tensor) or scale != 1:
+            log_prob = log_prob * scale
+        nesting = self.max_plate_nesting
+        log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
+        dims = [d for d in range(-nesting, 0) if d not in layout.dims and log_prob.shape[d] != 1]
+        return log_prob.sum(dims, keepdim=True) if dims else log_prob
+
+    def drop(self, draws: Sequence[Draw], log_w: Tensor, bad: Tensor) -> list[Draw]:
+        """Give the ``bad`` particles weight zero and the leaves of their heaviest neighbour.
+
+        :meth:`evaluate` masks their weight; what is put in their place only keeps their gradient finite, for zero
+        times a derivative that is not finite is not zero. The guide's density is not renormalised, so the bound stays
+        one.
+
+        Args:
+            draws: the step's draws.
+            log_w: their log-weights ``[num_particles, *plates]``.
+            bad: of the same shape, True where the particle is to be left out.
+        """
+        self._dropped = bad
+        donor = log_w.detach().masked_fill(bad, -math.inf).argmax(0, keepdim=True)
+        stacked = len(draws) == 1 and self.num_particles > 1
+        patched: list[dict[str, Tensor]] = [{} for _ in draws]
+        for name in draws[0].leaves:
+            event_dim = draws[0].traces.guide.nodes[name]["fn"].event_dim
+            values = draws[0].leaves[name] if stacked else torch.stack([draw.leaves[name] for draw in draws])
+            plate_dims = values.dim() - 1 - event_dim
+            mask, source = (
+                t.reshape(t.shape[:1] + t.shape[t.dim() - plate_dims :] + (1,) * event_dim) for t in (bad, donor)
+            )
+            chosen = values.detach().take_along_dim(source.expand((1,) + values.shape[1:]), 0)
+            values = torch.where(mask, chosen, values)
+            for leaves, value in zip(patched, [values] if stacked else values.unbind(), strict=True):
+                leaves[name] = value
+        return [Draw(draw.traces, leaves, patched=True) for draw, leaves in zip(draws, patched, strict=True)]
+
+
+def _frames(site: Any) -> list[tuple]:
+    """What a layout depends on in a site's plates: not their size, so that a ragged last batch decides nothing anew."""
+    return [(f.name, f.dim, f.counter, f.full_size in (None, f.size)) for f in site["cond_indep_stack"]]
+
+
+def _log_prob(name: str, node: Any) -> Tensor:
+    """Return a site's log-density, or say which site has none at its value."""
+    try:
+        return node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"at site '{name}': {error}") from error
+    except (NotImplementedError, KeyError) as error:
+        raise NotImplementedError(
+            f"at site '{name}': {type(node['fn']).__name__} has no log_prob at a value it did not just draw, as a flow "
+            "without an inverse has none. Use gradient='pathwise', which never needs one."
+        ) from error

@@ -1,0 +1,276 @@
+"""Decides over which plates a bound factorises, and on which side of its log each scale stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+
+from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces
+
+__all__ = ["Layout", "Site", "check_pair", "decide_layout", "is_leaf", "site_scales"]
+
+
+class Site(NamedTuple):
+    """A scored sample site: masked, unscaled log-density and the trace's own record."""
+
+    name: str
+    origin: str  # "guide" or "model"
+    log_prob: Tensor
+    node: Any
+    is_leaf: bool
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Origin and name."""
+        return self.origin, self.name
+
+    @property
+    def sign(self) -> int:
+        """+1 for a term of the model, -1 for one of the guide."""
+        return 1 if self.origin == "model" else -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is decided once per structure of a model/guide pair.
+
+    Attributes:
+        plates: names of the plates over which the bound factorises.
+        dims: their dimensions, negative.
+        constants: ``(origin, name)`` of sites that depend on no random value and so need no weight.
+        leaves: names of the guide's random sites.
+    """
+
+    plates: tuple[str, ...]
+    dims: frozenset[int]
+    constants: frozenset[tuple[str, str]]
+    leaves: tuple[str, ...]
+
+
+def is_leaf(site: Any) -> bool:
+    """Tell whether a guide site is truly random: a sample, not observed, no subsample index, no ``Delta``."""
+    if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+        return False
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return not isinstance(fn, dist.Delta)
+
+
+def _plates(site: Any) -> dict[str, Any]:
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE}
+
+
+def _factor(frame: Any) -> float:
+    """N/B of a plate."""
+    return 1.0 if frame.full_size is None or frame.full_size == frame.size else frame.full_size / frame.size
+
+
+def _scored(trace: Any) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+    }
+
+
+def check_pair(traces: Traces) -> None:
+    """Refuse a model and a guide that do not make a density ratio.
+
+    Raises:
+        ValueError: a latent that only one of them has, an enumerated site, an observation in the guide, or a plate on
+            whose size they differ; the site or plate is named.
+    """
+    model_sites, guide_sites = _scored(traces.model), _scored(traces.guide)
+    latents = {name for name, site in model_sites.items() if not site["is_observed"]}
+    for name, site in guide_sites.items():
+        if site["infer"].get("enumerate"):
+            raise ValueError(
+                f"guide site '{name}' asks for enumeration, which importance-weighted bounds do not do: remove "
+                "infer={'enumerate': ...}, or use pyro.infer.TraceEnum_ELBO."
+            )
+        if site["is_observed"]:
+            if not site_is_factor(site):
+                raise ValueError(f"guide site '{name}' is observed: only the model can condition on data.")
+        elif name not in latents and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"guide site '{name}' is not a latent site of the model. Rename it, or mark it "
+                "infer={'is_auxiliary': True} if the guide needs it and the model does not."
+            )
+    missing = sorted(latents - set(guide_sites))
+    if missing:
+        raise ValueError(
+            f"model site '{missing[0]}' is not in the guide, so it would be drawn from its prior without a weight. "
+            "Sample it in the guide, or observe it; a discrete site can be summed out by pyro.infer.TraceEnum_ELBO."
+        )
+    guide_frames = {f.name: f for s in guide_sites.values() for f in s["cond_indep_stack"]}
+    for name, site in model_sites.items():
+        for f in site["cond_indep_stack"]:
+            other = guide_frames.get(f.name)
+            if other is not None and (f.dim, f.size, f.full_size) != (other.dim, other.size, other.full_size):
+                raise ValueError(
+                    f"plate '{f.name}' has (dim, size, full size) {(f.dim, f.size, f.full_size)} at model site "
+                    f"'{name}', but {(other.dim, other.size, other.full_size)} in the guide: the two would be scaled "
+                    "differently. Give both the same plate(name, size, subsample_size, dim)."
+                )
+
+
+def decide_layout(
+    traces: Traces,
+    requested: Sequence[str] | None,
+    linear: bool,
+    find_dependents: Callable[[], set[tuple[str, str]]],
+    max_plate_nesting: int,
+) -> Layout:
+    """Decide over which plates the bound of a pair factorises.
+
+    A plate is kept where every random site of model and guide is inside it, so that its elements have weights of
+    their own. A site outside it that depends on no random value is a constant; one that does forces a joint weight.
+
+    Args:
+        traces: of one run.
+        requested: plates named by the user, or None for all that qualify.
+        linear: scales may stand inside the bound.
+        find_dependents: returns the sites that depend on a random value; called only where it matters.
+        max_plate_nesting: plate dimensions left for the pair.
+
+    Raises:
+        ValueError: a requested plate does not qualify, or a subsampled plate is not common to all weights.
+    """
+    sites = {("guide", n): s for n, s in _scored(traces.guide).items()}
+    sites |= {("model", n): s for n, s in _scored(traces.model).items()}
+    _check_nesting(sites.values(), max_plate_nesting)
+    leaves = tuple(name for (origin, name), site in sites.items() if origin == "guide" and is_leaf(site))
+    if not leaves:
+        return Layout((), frozenset(), frozenset(sites), ())
+    dependents = cache(find_dependents)
+    frames = {f.name: f for site in sites.values() for f in _plates(site).values()}
+    outsiders = _outsiders(sites, leaves, frames, dependents)
+    for plate in requested or ():
+        if plate not in frames or plate in outsiders:
+            raise ValueError(_not_common(plate, frames, outsiders))
+    kept = set(frames) - set(outsiders) if requested is None else set(requested)
+    constants = {key for key, site in sites.items() if kept - set(_plates(site))}
+    for key, site in sites.items():
+        inner = [f for f in site["cond_indep_stack"] if _factor(f) != 1 and f.name not in kept]
+        if inner and not linear and key not in constants:
+            if key in dependents():
+                raise ValueError(_scale_inside(inner[0], key[1], outsiders))
+            constants.add(key)
+    plates = tuple(sorted(kept, key=lambda name: frames[name].dim))
+    return Layout(plates, frozenset(frames[name].dim for name in plates), frozenset(constants), leaves)
+
+
+def _outsiders(
+    sites: dict[tuple[str, str], Any],
+    leaves: Sequence[str],
+    frames: dict[str, Any],
+    dependents: Callable[[], set[tuple[str, str]]],
+) -> dict[str, str]:
+    """Return the plates that are not common to all random sites, each with a site outside it."""
+    outsiders: dict[str, str] = {}
+    for name in leaves:
+        for plate in set(frames) - set(_plates(sites["guide", name])):
+            outsiders.setdefault(plate, name)
+    for key, site in sites.items():
+        missing = set(frames) - set(outsiders) - set(_plates(site))
+        if missing and key in dependents():
+            outsiders |= dict.fromkeys(missing, key[1])
+    return outsiders
+
+
+def _check_nesting(sites: Iterable[Any], max_plate_nesting: int) -> None:
+    for site in sites:
+        for f in _plates(site).values():
+            if -f.dim > max_plate_nesting:
+                raise ValueError(
+                    f"plate '{f.name}' at site '{site['name']}' takes dim {f.dim}, but this ELBO was first used with "
+                    f"{max_plate_nesting} plate dimensions, and its particles lie left of those. Use a new ELBO for a "
+                    f"model with more plates, or give it max_plate_nesting={-f.dim}."
+                )
+
+
+def _not_common(plate: str, frames: dict[str, Any], outsiders: dict[str, str]) -> str:
+    if plate not in frames:
+        known = ", ".join(f"'{name}'" for name in frames) or "none"
+        return f"plates names '{plate}', but the model and guide have the vectorised plates {known}."
+    return (
+        f"the bound does not factorise over plate '{plate}': site '{outsiders.get(plate)}' is outside it and shares "
+        "random values with it. Leave the plate out of plates=, or move the site inside."
+    )
+
+
+def _scale_inside(frame: Any, site: str, outsiders: dict[str, str]) -> str:
+    outside = outsiders.get(frame.name)
+    why = f"site '{outside}' is outside it" if outside else "it was left out of plates="
+    return (
+        f"plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but not common to all random sites: "
+        f"{why}, so the scale of site '{site}' would stand inside the log, where the result is no bound. Use the full "
+        f"batch; or local_particles > 1 with plates=('{frame.name}',), which takes the log inside the plate only; or "
+        "num_particles=1."
+    )
+
+
+def _user_scale(site: Site) -> float | Tensor:
+    """The scale that the user put on a site, without its plates' N/B."""
+    scale = site.node["scale"] / math.prod(_factor(f) for f in site.node["cond_indep_stack"])
+    if isinstance(scale, Tensor):
+        return scale
+    return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else float(scale)
+
+
+def site_scales(
+    sites: Sequence[Site], layout: Layout, max_plate_nesting: int
+) -> tuple[list[float | Tensor], float | Tensor, bool]:
+    """Split each site's scale into a part inside the weights and one part outside the bound.
+
+    The user's scale, equal on all sites of an element, stands outside; where it differs by site, as in KL annealing,
+    it stands inside and the value is annealed. N/B of a common plate stands outside; that of any other plate is
+    allowed for linear bounds only and stands inside.
+
+    Returns:
+        The scale inside for each site, the scale outside, and whether the value is annealed.
+    """
+    if not sites:
+        return [], 1.0, False
+    user = [_user_scale(site) for site in sites]
+    subsampled = {f.name: f for site in sites for f in site.node["cond_indep_stack"] if f.name in layout.plates}
+    outside: float | Tensor = math.prod(_factor(f) for f in subsampled.values())
+    inside: list[float | Tensor]
+    if any(isinstance(scale, Tensor) for scale in user):
+        shared = _shared_scale(user, layout, max_plate_nesting)
+        inside, annealed = [scale / shared for scale in user], True
+        outside = shared * outside
+    else:
+        annealed = len(set(user)) > 1
+        inside = list(user) if annealed else [1.0] * len(user)
+        outside = outside if annealed else outside * user[0]
+    for i, site in enumerate(sites):
+        factor = math.prod(_factor(f) for f in site.node["cond_indep_stack"] if f.name not in layout.plates)
+        if factor != 1:
+            inside[i] = inside[i] * factor
+    return inside, outside, annealed
+
+
+def _shared_scale(scales: Sequence[float | Tensor], layout: Layout, max_plate_nesting: int) -> Tensor:
+    """The scale that all sites of an element share, 1 where they share none; no branch on a value."""
+    example = next(scale for scale in scales if isinstance(scale, Tensor))
+    lows, highs = [], []
+    for scale in scales:
+        scale = torch.as_tensor(scale, dtype=example.dtype, device=example.device)
+        scale = scale.reshape((1,) * (max_plate_nesting - scale.dim()) + scale.shape)
+        dims = [d for d in range(-scale.dim(), 0) if d not in layout.dims]
+        lows.append(scale.amin(dims, keepdim=True) if dims else scale)
+        highs.append(scale.amax(dims, keepdim=True) if dims else scale)
+    low, high = lows[0], highs[0]
+    for next_low, next_high in zip(lows[1:], highs[1:], strict=True):
+        low, high = torch.minimum(low, next_low), torch.maximum(high, next_high)
+    return torch.where(low == high, high, torch.ones_like(high))
