@@ -12,7 +12,7 @@ Everything an importance-weighted or score-function objective needs is one tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from pyro_elbo_ext.dependencies import dependencies
 from pyro_elbo_ext.plates import Layout, Site, check_pair, decide_layout, is_leaf, site_scales
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
 
-__all__ = ["Draw", "ParticleSampler", "Particles"]
+__all__ = ["Draw", "ParticleSampler", "Particles", "leaf_values"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class ParticleSampler:
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
 
+    @property
+    def particle_dims(self) -> int:
+        """Dimensions that vectorised particles take, left of the plates."""
+        return int(self.vectorize and self.num_particles > 1)
+
     def _wrapped(self, fn: Callable) -> Callable:
         if self.num_particles == 1 or not self.vectorize:
             return fn
@@ -118,8 +123,7 @@ class ParticleSampler:
         for _ in range(1 if self.vectorize else self.num_particles):
             traces = run_guide(self._wrapped(self.guide), self.args, self.kwargs, self._indices)
             self._indices = {**traces.indices, **self._indices}
-            leaves = {name: site["value"] for name, site in traces.guide.nodes.items() if is_leaf(site)}
-            draws.append(Draw(traces, leaves))
+            draws.append(Draw(traces, leaf_values(traces)))
         return draws
 
     def evaluate(self, draws: Sequence[Draw], leaves: Sequence[dict[str, Tensor]] | None = None) -> Particles:
@@ -164,16 +168,16 @@ class ParticleSampler:
         layout = self.layouts.get(key)
         if layout is None:
             check_pair(traces)
-            layout = decide_layout(traces, self.plates, self.linear, self._dependents, self.max_plate_nesting)
-            self.layouts[key] = layout
+            layout = self.layouts[key] = self._decide(traces)
         return layout
 
-    def _dependents(self) -> set[tuple[str, str]]:
-        found = dependencies(self.model, self.guide, self.args, self.kwargs)
-        return {site for site, leaves in found.log_prob.items() if leaves}
+    def _decide(self, traces: Traces) -> Layout:
+        return decide_layout(traces, self.plates, self.linear, self._dependencies, self.max_plate_nesting)
+
+    def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
+        return dependencies(self.model, self.guide, self.args, self.kwargs).log_prob
 
     def _score(self, traces: Traces) -> list[Site]:
-        nesting = self.max_plate_nesting + (self.vectorize and self.num_particles > 1)
         sites = []
         for origin, trace in (("guide", traces.guide), ("model", traces.model)):
             for name, node in trace.nodes.items():
@@ -181,7 +185,7 @@ class ParticleSampler:
                     continue
                 log_prob = _log_prob(name, node)
                 if is_validation_enabled():
-                    check_site_shape({**node, "log_prob": log_prob}, nesting)
+                    check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
                 log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
                 sites.append(Site(name, origin, log_prob, node, origin == "guide" and is_leaf(node)))
         return sites
@@ -197,26 +201,44 @@ class ParticleSampler:
             zeros = like.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
             return Particles(zeros, zeros, 1.0, constant, annealed, layout, runs)
         scales = iter(inside)
-        log_joint: list[Any] = []
-        log_guide: list[Any] = []
+        log_joint, log_guide = [], []
         for sites in weighted:
-            terms = [(site, self._reduce(site.log_prob, next(scales), layout)) for site in sites]
-            log_joint.append(sum(site.sign * term for site, term in terms if not site.is_leaf))
-            log_guide.append(sum(term for site, term in terms if site.is_leaf))
+            joint, guide = self._split(sites, scales, layout)
+            log_joint.append(joint)
+            log_guide.append(guide)
         joint = torch.cat(log_joint) if len(runs) > 1 else log_joint[0]
         guide = torch.cat(log_guide) if len(runs) > 1 else log_guide[0]
         if self._dropped is not None:
             joint = joint.masked_fill(self._dropped, -math.inf)
         return Particles(joint, guide, outside, constant, annealed, layout, runs)
 
-    def _reduce(self, log_prob: Tensor, scale: float | Tensor, layout: Layout) -> Tensor:
-        """Scale a term and sum out all but the particle and the common plates; every plate keeps its dimension."""
-        if isinstance(scale, Tensor) or scale != 1:
-            log_prob = log_prob * scale
+    def _split(self, sites: Sequence[Site], scales: Iterator[float | Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return log-joint and log-guide of one run, ``[particles, *plates]``."""
+        terms: dict[str, list[Tensor]] = {"model": [], "guide": [], "leaf": []}
+        for site in sites:
+            scale = next(scales)
+            unit = not isinstance(scale, Tensor) and scale == 1
+            terms["leaf" if site.is_leaf else site.origin].append(site.log_prob if unit else site.log_prob * scale)
+        leaf = self._total(terms["leaf"], layout)
+        model = self._total(terms["model"], layout)
+        if terms["guide"]:
+            model = model - self._total(terms["guide"], layout)
+        return model, leaf
+
+    def _total(self, terms: Sequence[Tensor], layout: Layout) -> Tensor:
+        """Add terms up over all but the particle and the common plates, each of which keeps its dimension."""
+        by_shape: dict[torch.Size, Tensor] = {}  # terms of one shape are added first, so that each shape is summed once
+        for term in terms:
+            by_shape[term.shape] = by_shape[term.shape] + term if term.shape in by_shape else term
         nesting = self.max_plate_nesting
-        log_prob = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
-        dims = [d for d in range(-nesting, 0) if d not in layout.dims and log_prob.shape[d] != 1]
-        return log_prob.sum(dims, keepdim=True) if dims else log_prob
+        total = None
+        for shape, term in by_shape.items():
+            if len(shape) <= nesting:
+                term = term.reshape((1,) * (nesting + 1 - len(shape)) + shape)
+            dims = [d for d in range(-nesting, 0) if d not in layout.dims and term.shape[d] != 1]
+            term = term.sum(dims, keepdim=True) if dims else term
+            total = term if total is None else total + term
+        return torch.zeros((1,) * (nesting + 1)) if total is None else total
 
     def drop(self, draws: Sequence[Draw], log_w: Tensor, bad: Tensor) -> list[Draw]:
         """Give the ``bad`` particles weight zero and the leaves of their heaviest neighbour.
@@ -232,9 +254,9 @@ class ParticleSampler:
         """
         self._dropped = bad
         donor = log_w.detach().masked_fill(bad, -math.inf).argmax(0, keepdim=True)
-        stacked = len(draws) == 1 and self.num_particles > 1
-        patched: list[dict[str, Tensor]] = [{} for _ in draws]
-        for name in draws[0].leaves:
+        stacked = self.particle_dims > 0
+        patched: list[dict[str, Tensor]] = [dict(draw.leaves) for draw in draws]
+        for name in self._droppable(draws):
             event_dim = draws[0].traces.guide.nodes[name]["fn"].event_dim
             values = draws[0].leaves[name] if stacked else torch.stack([draw.leaves[name] for draw in draws])
             plate_dims = values.dim() - 1 - event_dim
@@ -246,6 +268,15 @@ class ParticleSampler:
             for leaves, value in zip(patched, [values] if stacked else values.unbind(), strict=True):
                 leaves[name] = value
         return [Draw(draw.traces, leaves, patched=True) for draw, leaves in zip(draws, patched, strict=True)]
+
+    def _droppable(self, draws: Sequence[Draw]) -> Iterable[str]:
+        """Leaves that a log-weight stands for alone."""
+        return draws[0].leaves
+
+
+def leaf_values(traces: Traces) -> dict[str, Tensor]:
+    """Return the values of a run's random guide sites."""
+    return {name: site["value"] for name, site in traces.guide.nodes.items() if is_leaf(site)}
 
 
 def _frames(site: Any) -> list[tuple]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces
+from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
 
-__all__ = ["Layout", "Site", "check_pair", "decide_layout", "is_leaf", "site_scales"]
+__all__ = ["Layout", "Site", "check_pair", "decide_layout", "decide_local_layout", "is_leaf", "site_scales"]
 
 
 class Site(NamedTuple):
@@ -66,7 +66,8 @@ def is_leaf(site: Any) -> bool:
 
 
 def _plates(site: Any) -> dict[str, Any]:
-    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE}
+    """Vectorised plates of a site by name, without those that hold the particles."""
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in (PARTICLE_PLATE, LOCAL_PLATE)}
 
 
 def _factor(frame: Any) -> float:
@@ -127,7 +128,7 @@ def decide_layout(
     traces: Traces,
     requested: Sequence[str] | None,
     linear: bool,
-    find_dependents: Callable[[], set[tuple[str, str]]],
+    find_dependencies: Callable[[], Mapping[tuple[str, str], frozenset[str]]],
     max_plate_nesting: int,
 ) -> Layout:
     """Decide over which plates the bound of a pair factorises.
@@ -139,20 +140,17 @@ def decide_layout(
         traces: of one run.
         requested: plates named by the user, or None for all that qualify.
         linear: scales may stand inside the bound.
-        find_dependents: returns the sites that depend on a random value; called only where it matters.
+        find_dependencies: returns the random sites that each site's log-density depends on; called only where it
+            matters.
         max_plate_nesting: plate dimensions left for the pair.
 
     Raises:
         ValueError: a requested plate does not qualify, or a subsampled plate is not common to all weights.
     """
-    sites = {("guide", n): s for n, s in _scored(traces.guide).items()}
-    sites |= {("model", n): s for n, s in _scored(traces.model).items()}
-    _check_nesting(sites.values(), max_plate_nesting)
-    leaves = tuple(name for (origin, name), site in sites.items() if origin == "guide" and is_leaf(site))
+    sites, frames, leaves = _survey(traces, max_plate_nesting)
     if not leaves:
         return Layout((), frozenset(), frozenset(sites), ())
-    dependents = cache(find_dependents)
-    frames = {f.name: f for site in sites.values() for f in _plates(site).values()}
+    dependents = cache(lambda: {key for key, upstream in find_dependencies().items() if upstream})
     outsiders = _outsiders(sites, leaves, frames, dependents)
     for plate in requested or ():
         if plate not in frames or plate in outsiders:
@@ -167,6 +165,61 @@ def decide_layout(
             constants.add(key)
     plates = tuple(sorted(kept, key=lambda name: frames[name].dim))
     return Layout(plates, frozenset(frames[name].dim for name in plates), frozenset(constants), leaves)
+
+
+def decide_local_layout(
+    traces: Traces,
+    plates: Sequence[str],
+    linear: bool,
+    find_dependencies: Callable[[], Mapping[tuple[str, str], frozenset[str]]],
+    max_plate_nesting: int,
+) -> Layout:
+    """Check that a bound may take its log inside some plates only, and return the layout of what is inside.
+
+    Args:
+        traces: of one run.
+        plates: names of those plates.
+        linear: what stands outside is averaged, so a plate may be subsampled.
+        find_dependencies: returns the random sites that each site's log-density depends on.
+        max_plate_nesting: plate dimensions left for the pair.
+
+    Raises:
+        ValueError: an unknown plate, no random site inside, a site outside that depends on one inside, or a subsampled
+            plate whose scale would stand inside a log; site or plate is named.
+    """
+    sites, frames, leaves = _survey(traces, max_plate_nesting)
+    for plate in plates:
+        if plate not in frames:
+            raise ValueError(_not_common(plate, frames, {}))
+    inside = {key for key, site in sites.items() if set(plates) <= set(_plates(site))}
+    local = {name for name in leaves if ("guide", name) in inside}
+    if not local:
+        raise ValueError(
+            f"local_particles > 1 needs a random guide site inside plates={tuple(plates)}, but there is none: every "
+            "local particle would be the same. Use num_particles instead."
+        )
+    depends = find_dependencies()
+    for key, site in sites.items():
+        upstream = depends.get(key, frozenset()) & local
+        if key not in inside and upstream:
+            raise ValueError(
+                f"{key[0]} site '{key[1]}' is outside plates={tuple(plates)} but depends on '{min(upstream)}' inside, "
+                "so the elements are not independent given what is outside. Leave local_particles at 1."
+            )
+        for f in site["cond_indep_stack"]:
+            if _factor(f) != 1 and ((key in inside and f.name not in plates) or not linear):
+                raise ValueError(_scale_inside(f, key[1], {}))
+    ordered = tuple(sorted(plates, key=lambda name: frames[name].dim))
+    return Layout(ordered, frozenset(frames[name].dim for name in plates), frozenset(), leaves)
+
+
+def _survey(traces: Traces, max_plate_nesting: int) -> tuple[dict, dict, tuple[str, ...]]:
+    """Return the scored sites by ``(origin, name)``, the vectorised plates by name, and the names of the leaves."""
+    sites = {("guide", n): s for n, s in _scored(traces.guide).items()}
+    sites |= {("model", n): s for n, s in _scored(traces.model).items()}
+    _check_nesting(sites.values(), max_plate_nesting)
+    frames = {f.name: f for site in sites.values() for f in _plates(site).values()}
+    return sites, frames, tuple(name for (origin, name), s in sites.items() if origin == "guide" and is_leaf(s))
 
 
 def _outsiders(
@@ -210,7 +263,7 @@ def _not_common(plate: str, frames: dict[str, Any], outsiders: dict[str, str]) -
 
 def _scale_inside(frame: Any, site: str, outsiders: dict[str, str]) -> str:
     outside = outsiders.get(frame.name)
-    why = f"site '{outside}' is outside it" if outside else "it was left out of plates="
+    why = f"site '{outside}' is outside it" if outside else "a log is taken around it"
     return (
         f"plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but not common to all random sites: "
         f"{why}, so the scale of site '{site}' would stand inside the log, where the result is no bound. Use the full "

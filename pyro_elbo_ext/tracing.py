@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["PARTICLE_PLATE", "Hold", "Traces", "forked_rng", "run_guide", "run_model", "run_pair"]
+__all__ = ["LOCAL_PLATE", "PARTICLE_PLATE", "Hold", "Traces", "forked_rng", "run_guide", "run_model", "run_pair"]
 
 PARTICLE_PLATE = "num_particles_vectorized"  # Pyro's own name for it
+LOCAL_PLATE = "local_particles_vectorized"
 
 
 class Traces(NamedTuple):
@@ -59,7 +60,9 @@ def _check_indices(plate: str, given: Any, held: Tensor) -> None:
 
 def _indices(trace: Any) -> dict[str, Tensor]:
     return {
-        name: site["value"] for name, site in trace.nodes.items() if site_is_subsample(site) and name != PARTICLE_PLATE
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site_is_subsample(site) and name not in (PARTICLE_PLATE, LOCAL_PLATE)
     }
 
 
@@ -72,7 +75,7 @@ def run_guide(guide: Callable, args: tuple, kwargs: dict, held: Mapping[str, Ten
         indices = _indices(unwrapped.trace)
         model_trace, guide_trace = unwrapped.get_traces()
         return Traces(guide_trace, model_trace, indices)
-    with Hold(held):
+    with Hold(held) if held else nullcontext():
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     return Traces(trace, None, _indices(trace))
 

@@ -73,6 +73,9 @@ class ParticleELBO(ELBO):
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
         """Return the objective at some draws, its gradient attached where gradients are enabled."""
 
+    def _make_sampler(self, *args: Any, **kwargs: Any) -> ParticleSampler:
+        return ParticleSampler(*args, **kwargs)
+
     @property
     def _linear(self) -> bool:
         """True where scales may stand inside the weights."""
@@ -82,7 +85,7 @@ class ParticleELBO(ELBO):
         if self.max_plate_nesting == math.inf:
             with forked_rng():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
-        return ParticleSampler(
+        return self._make_sampler(
             model,
             guide,
             args,
