@@ -7,8 +7,17 @@ from pyro_elbo_ext.elbo import (
     PIWAE_ELBO,
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
+    MeanField_ELBO,
 )
 
 __version__ = "0.1.0"
 
-__all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "VRIWAE_ELBO", "ImportanceWeighted_ELBO"]
+__all__ = [
+    "CIWAE_ELBO",
+    "IWAE_ELBO",
+    "MIWAE_ELBO",
+    "MeanField_ELBO",
+    "PIWAE_ELBO",
+    "VRIWAE_ELBO",
+    "ImportanceWeighted_ELBO",
+]

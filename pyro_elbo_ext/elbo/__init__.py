@@ -8,5 +8,14 @@ from pyro_elbo_ext.elbo.importance import (
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
 )
+from pyro_elbo_ext.elbo.mean_field import MeanField_ELBO
 
-__all__ = ["CIWAE_ELBO", "IWAE_ELBO", "MIWAE_ELBO", "PIWAE_ELBO", "VRIWAE_ELBO", "ImportanceWeighted_ELBO"]
+__all__ = [
+    "CIWAE_ELBO",
+    "IWAE_ELBO",
+    "MIWAE_ELBO",
+    "MeanField_ELBO",
+    "PIWAE_ELBO",
+    "VRIWAE_ELBO",
+    "ImportanceWeighted_ELBO",
+]

@@ -162,6 +162,8 @@ class ParticleELBO(ELBO):
             invalid = bad & (log_w != -math.inf)
             if self.nonfinite == "raise" and invalid.any():
                 raise ValueError(_describe(estimate.particles, invalid))
+            if self._linear:  # an average of logs is -inf with any one of them
+                raise ValueError(_describe(estimate.particles, bad))
             if bad.all(0).any():
                 raise ValueError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
             self.num_dropped += int(invalid.sum())
