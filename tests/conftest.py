@@ -1,0 +1,38 @@
+import warnings
+
+import pyro
+import pytest
+import torch
+from torch.distributions import Distribution
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device of models and data")
+    parser.addoption("--dtype", default="float64", help="default dtype")
+
+
+@pytest.fixture(autouse=True)
+def isolated(request):
+    """Own parameters, seed, dtype and device; settings are given back, and a test that changed one fails."""
+    dtype, device = torch.get_default_dtype(), request.config.getoption("--device")
+    torch.set_default_dtype(getattr(torch, request.config.getoption("--dtype")))
+    if device != "cpu":
+        torch.set_default_device(device)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(sum(request.node.name.encode()))
+    pyro.enable_validation(True)
+    settings, validation = pyro.settings.get(), Distribution._validate_args
+    yield
+    changed = pyro.settings.get() != settings or Distribution._validate_args != validation
+    pyro.settings.set(**settings)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
+    pyro.clear_param_store()
+    assert not changed, "a setting was left changed"
+
+
+@pytest.fixture(autouse=True)
+def no_hidden_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
