@@ -87,17 +87,12 @@ def check_pair(traces: Traces) -> None:
     """Refuse a model and a guide that do not make a density ratio.
 
     Raises:
-        ValueError: a latent that only one of them has, an enumerated site, an observation in the guide, or a plate on
+        ValueError: a latent that only one of them has, an observation in the guide, or a plate on
             whose size they differ; the site or plate is named.
     """
     model_sites, guide_sites = _scored(traces.model), _scored(traces.guide)
     latents = {name for name, site in model_sites.items() if not site["is_observed"]}
     for name, site in guide_sites.items():
-        if site["infer"].get("enumerate"):
-            raise ValueError(
-                f"guide site '{name}' asks for enumeration, which importance-weighted bounds do not do: remove "
-                "infer={'enumerate': ...}, or use pyro.infer.TraceEnum_ELBO."
-            )
         if site["is_observed"]:
             if not site_is_factor(site):
                 raise ValueError(f"guide site '{name}' is observed: only the model can condition on data.")

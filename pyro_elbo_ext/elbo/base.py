@@ -34,7 +34,8 @@ class ParticleELBO(ELBO):
         vectorize_particles: run the pair once with all particles along a dimension left of its plates, or K times.
         max_plate_nesting: dimensions that the pair's plates take; found by one extra run if not given.
         nonfinite: ``"raise"`` to refuse a log-weight that is NaN or +inf, ``"drop"`` to count such a particle as one
-            of weight zero. A log-weight of -inf is a weight of zero in either case.
+            of weight zero. A log-weight of -inf is a weight of zero in either case. Pyro's validation, on by default,
+            comes first: a distribution whose parameters it finds NaN raises where it is made.
         retain_graph: passed to ``backward``.
 
     Attributes:
@@ -195,7 +196,7 @@ def _describe(particles: Particles, bad: Tensor, whose: str = "") -> str:
     particle, element = index[0], index[1:]
     sites = particles.runs[particle if len(particles.runs) > 1 else 0]
     where = ", ".join(f"{name}={element[dim]}" for name, dim in _plate_dims(particles).items())
-    value = float(particles.log_weight[tuple(index)])
+    value = particles.log_weight[tuple(index)].item()
     culprit = "no single site"
     for site in sites:
         log_prob = site.log_prob
@@ -203,7 +204,7 @@ def _describe(particles: Particles, bad: Tensor, whose: str = "") -> str:
             log_prob = log_prob[particle]
         finite = torch.isfinite(log_prob)
         if not finite.all():
-            culprit = f"{site.origin} site '{site.name}', log-density {float(log_prob[~finite][0])}"
+            culprit = f"{site.origin} site '{site.name}', log-density {log_prob[~finite][0].item()}"
             break
     return (
         f"the log-weight {whose}is {value} (particle {particle}{', ' + where if where else ''}); first seen at "

@@ -187,12 +187,17 @@ def check_reparameterized(draws: Sequence[Draw], estimator: str) -> None:
     """Refuse a guide that a path estimator would silently not train.
 
     Raises:
-        ValueError: a leaf that is not reparameterised, or only in part; the site is named.
+        ValueError: a leaf that is not reparameterised, or only in part, or enumerated; the site is named.
     """
     for draw in draws:
         for name in draw.leaves:
-            fn = draw.traces.guide.nodes[name]["fn"]
-            base = fn
+            node = draw.traces.guide.nodes[name]
+            if node["infer"].get("enumerate"):
+                raise ValueError(
+                    f"guide site '{name}' asks for enumeration, which importance-weighted bounds do not do: remove "
+                    "infer={'enumerate': ...}, or use pyro.infer.TraceEnum_ELBO()."
+                )
+            base = fn = node["fn"]
             while hasattr(base, "base_dist") and not isinstance(base, dist.Rejector):
                 base = base.base_dist
             if not fn.has_rsample or isinstance(base, dist.Rejector):

@@ -1,0 +1,110 @@
+"""The conformance suite, run on this package's classes and on ones known to be wrong."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+
+from pyro_elbo_ext import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, VRIWAE_ELBO, MeanField_ELBO
+from pyro_elbo_ext.testing import conformance, linear_vae_optimum, main
+
+EXACT = {
+    "pathwise": (partial(IWAE_ELBO, gradient="pathwise"), {"bound": "iwae"}),
+    "dreg": (partial(IWAE_ELBO, gradient="dreg"), {"bound": "iwae", "zero_variance": True}),
+    "stl": (partial(IWAE_ELBO, gradient="stl"), {"bound": "iwae", "gradient": "iwae+rws", "zero_variance": True}),
+    "vr-iwae": (partial(VRIWAE_ELBO, 0.4), {"zero_variance": True}),
+    "miwae": (MIWAE_ELBO, {"zero_variance": True}),
+    "ciwae": (partial(CIWAE_ELBO, 0.3), {"zero_variance": True}),
+    "mean-field": (MeanField_ELBO, {}),
+    "looped": (partial(IWAE_ELBO, vectorize_particles=False), {"bound": "iwae"}),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_this_package_conforms(name):
+    make, claims = EXACT[name]
+    checks = conformance(make, **claims, size=0.1)
+    assert len(checks) >= 5
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+
+
+def failing(make, **claims):
+    return {check.name for check in conformance(make, **claims, size=0.1) if not check.passed}
+
+
+class Halved_ELBO(IWAE_ELBO):
+    def _estimate(self, sampler, draws):
+        estimate = super()._estimate(sampler, draws)
+        objective = estimate.objective
+        return estimate._replace(objective=objective.detach() + 0.5 * (objective - objective.detach()))
+
+
+class TooHigh_ELBO(IWAE_ELBO):
+    def bound(self, log_w):
+        return log_w.max(0).values
+
+
+def test_the_suite_finds_what_is_wrong():
+    pyro_iwae = partial(RenyiELBO, alpha=0, vectorize_particles=True)
+    assert {"minibatch of 4 in 20", "minibatch of 1 in 20"} <= failing(pyro_iwae, bound="iwae")
+    assert "gradient is the value's" in failing(partial(IWAE_ELBO, gradient="stl"))
+    assert "gradient is the value's" in failing(Halved_ELBO)
+    assert "value <= evidence" in failing(TooHigh_ELBO)
+    assert "no variance at the posterior" in failing(partial(IWAE_ELBO, gradient="pathwise"), zero_variance=True)
+    assert any("golden value" in name for name in failing(MIWAE_ELBO, bound="iwae"))
+    assert "slope of log sd in log K" in failing(partial(IWAE_ELBO, gradient="pathwise"), slope=(-1.7, -1.3))
+
+
+def test_a_loss_that_raises_fails_instead_of_stopping_the_suite():
+    assert failing(lambda num_particles: Trace_ELBO(no_such_argument=1))
+
+
+def test_the_suite_leaves_no_trace():
+    pyro.param("mine", torch.tensor(1.0))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    conformance(IWAE_ELBO, size=0.01)
+    assert set(pyro.get_param_store().keys()) == {"mine"}
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_from_a_shell(capsys):
+    assert main(["pyro_elbo_ext:IWAE_ELBO"]) == 0
+    assert "pass" in capsys.readouterr().out
+    assert main(["pyro.infer:RenyiELBO"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    for bad in ([], ["pyro_elbo_ext"], ["no_such_module:X"], ["pyro_elbo_ext:No"]):
+        assert main(bad) == 2
+
+
+def test_linear_vae_reaches_the_closed_form_optimum():
+    """The best ELBO of a linear VAE is the log-likelihood of probabilistic PCA; a step that does nothing is far off."""
+    torch.manual_seed(0)
+    num, dims, latent = 200, 5, 2
+    data = torch.randn(num, latent) @ torch.randn(latent, dims) + 0.3 * torch.randn(num, dims)
+    data = data - data.mean(0)
+    optimum = linear_vae_optimum(data, latent)
+
+    def model():
+        w = pyro.param("w", lambda: torch.randn(dims, latent))
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", num):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ w.T, noise).to_event(1), obs=data)
+
+    def guide():
+        v = pyro.param("v", lambda: 0.1 * torch.randn(dims, latent))
+        scale = pyro.param("scale", torch.full((latent,), 0.5), constraint=dist.constraints.positive)
+        with pyro.plate("data", num):
+            pyro.sample("z", dist.Normal(data @ v, scale).to_event(1))
+
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.997}), loss=IWAE_ELBO(1, "stl"))
+    start = -svi.evaluate_loss() / num
+    for _ in range(2000):
+        svi.step()
+    end = -sum(svi.evaluate_loss() for _ in range(200)) / 200 / num
+    assert start < optimum - 1
+    assert end == pytest.approx(optimum, abs=1e-3)
