@@ -92,6 +92,9 @@ class ParticleSampler:
         plates: names of the plates to factorise over, or None to decide by the structure.
         linear: the bound is an average, so scales may stand inside the weights.
         layouts: cache of decided layouts, by structure.
+
+    Attributes:
+        structure_is_new: True once this step met a structure that the cache did not hold.
     """
 
     model: Callable
@@ -104,6 +107,7 @@ class ParticleSampler:
     plates: Sequence[str] | None = None
     linear: bool = False
     layouts: dict[Any, Layout] = field(default_factory=dict)
+    structure_is_new: bool = field(default=False, init=False)
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
 
@@ -169,6 +173,7 @@ class ParticleSampler:
         if layout is None:
             check_pair(traces)
             layout = self.layouts[key] = self._decide(traces)
+            self.structure_is_new = True
         return layout
 
     def _decide(self, traces: Traces) -> Layout:

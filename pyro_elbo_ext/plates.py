@@ -269,7 +269,9 @@ def _scale_inside(frame: Any, site: str, outsiders: dict[str, str]) -> str:
 
 def _user_scale(site: Site) -> float | Tensor:
     """The scale that the user put on a site, without its plates' N/B."""
-    scale = site.node["scale"] / math.prod(_factor(f) for f in site.node["cond_indep_stack"])
+    scale = site.node["scale"]
+    if site.node["cond_indep_stack"]:
+        scale = scale / math.prod(_factor(f) for f in site.node["cond_indep_stack"])
     if isinstance(scale, Tensor):
         return scale
     return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else float(scale)
@@ -302,6 +304,8 @@ def site_scales(
         inside = list(user) if annealed else [1.0] * len(user)
         outside = outside if annealed else outside * user[0]
     for i, site in enumerate(sites):
+        if not site.node["cond_indep_stack"]:
+            continue
         factor = math.prod(_factor(f) for f in site.node["cond_indep_stack"] if f.name not in layout.plates)
         if factor != 1:
             inside[i] = inside[i] * factor

@@ -81,7 +81,7 @@ def test_from_a_shell(capsys):
 
 
 def test_linear_vae_reaches_the_closed_form_optimum():
-    """The best bound of a linear VAE is the log-likelihood of probabilistic PCA; a step that does nothing is far off."""
+    """The best bound is the log-likelihood of probabilistic PCA; a step that does nothing is more than a nat off."""
     torch.manual_seed(0)
     num, dims, latent = 200, 5, 2
     loadings = torch.tensor([[1.5, 1.0, -1.0, 0.0, 0.5], [0.0, 1.0, 0.8, -1.2, 0.3]])

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
-from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimate, Estimator
+from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimate, Estimator, check_repeatable
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler, leaf_values
 from pyro_elbo_ext.plates import Layout, Site, decide_local_layout, site_scales
 from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces, run_guide
@@ -177,6 +178,8 @@ def local_replayed(
         particles = cast(LocalParticles, sampler.evaluate(draws, leaves))
         log_w = particles.log_weight
         own = particles.global_joint - particles.global_guide
+    if sampler.structure_is_new and is_validation_enabled():
+        check_repeatable(draws, particles)
     totals = _totals(particles, bound).detach()
     share = outer.path_weights(totals)
     each = share.reshape((1, -1) + (1,) * (log_w.dim() - 2)) * particles.scale

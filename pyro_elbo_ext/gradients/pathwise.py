@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
@@ -43,6 +45,7 @@ __all__ = [
     "StickingTheLanding",
     "Weights",
     "attached",
+    "check_repeatable",
     "check_reparameterized",
     "replayed",
 ]
@@ -161,6 +164,8 @@ def replayed(
         leaves = [{name: z.detach().requires_grad_() for name, z in draw.leaves.items()} for draw in draws]
         particles = sampler.evaluate(draws, leaves)
         log_w = particles.log_weight
+    if sampler.structure_is_new and is_validation_enabled():
+        check_repeatable(draws, particles)
     weight = weights(log_w.detach())
     drawn = [z for draw in draws for z in draw.leaves.values()]
     copies = [z for values in leaves for z in values.values()]
@@ -181,6 +186,25 @@ def replayed(
 def _finite(log_joint: Tensor) -> Tensor:
     """Zero for a zero weight, whose log times its weight would be NaN."""
     return log_joint.masked_fill(log_joint == -torch.inf, 0.0)
+
+
+def check_repeatable(draws: Sequence[Draw], particles: Particles) -> None:
+    """Refuse a guide that is random outside its sample sites, by dropout say: run twice, it is two guides.
+
+    Raises:
+        ValueError: a leaf whose log-density at one value differs between two runs; the site is named.
+    """
+    for draw, sites in zip(draws, particles.runs, strict=True):
+        for site in sites:
+            if site.is_leaf and not draw.patched:
+                node = draw.traces.guide.nodes[site.name]
+                drawn = scale_and_mask(node["fn"].log_prob(node["value"]), 1.0, node["mask"])
+                if not torch.allclose(drawn, site.log_prob, rtol=1e-3, atol=1e-3, equal_nan=True):
+                    raise ValueError(
+                        f"guide site '{site.name}' has another log-density when the guide is run again at the same "
+                        "values: the guide is random outside its sample sites, as by dropout. Switch that off "
+                        "(guide.eval()), or use gradient='pathwise', which runs the guide once."
+                    )
 
 
 def check_reparameterized(draws: Sequence[Draw], estimator: str) -> None:

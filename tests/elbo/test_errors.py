@@ -74,6 +74,11 @@ def given_indices_model():
         pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
 
 
+def dropout_guide():
+    m = torch.nn.functional.dropout(pyro.param("ms", torch.ones(50)), 0.5).sum()
+    pyro.sample("z", dist.Normal(m, 1.0))
+
+
 def drawn_indices_guide():
     with pyro.plate("data", 8, subsample_size=2):
         pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
@@ -101,6 +106,7 @@ BAD_PAIRS = {
     "free bits of no site": (
         MeanField_ELBO(free_bits={"w": 1.0}), normal_model, normal_guide, "free_bits names site 'w'",
     ),
+    "dropout in the guide": (IWAE_ELBO(2, "dreg"), normal_model, dropout_guide, "'z' has another log-density.*dropout"),
     "other indices in the guide": (
         IWAE_ELBO(2), given_indices_model, drawn_indices_guide, "plate 'data' was given its subsample indices",
     ),
