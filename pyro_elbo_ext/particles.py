@@ -25,10 +25,10 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import dependencies
-from pyro_elbo_ext.plates import Layout, Site, check_pair, decide_layout, is_leaf, site_scales
+from pyro_elbo_ext.plates import Layout, Site, check_pair, decide_layout, is_flow, is_leaf, site_scales
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
 
-__all__ = ["Draw", "ParticleSampler", "Particles", "leaf_values"]
+__all__ = ["Draw", "ParticleSampler", "Particles", "make_draw"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Draw:
         traces: of the guide, and of the model where the guide runs it itself.
         leaves: values of the random sites, attached to the guide's parameters.
         patched: True where a leaf no longer is what the guide drew.
+        flow_log_prob: log-density of flows, taken at once: their caches hold the last draw only.
     """
 
     traces: Traces
     leaves: dict[str, Tensor]
     patched: bool = False
+    flow_log_prob: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Particles:
         scale: what stands outside the bound: subsampling's N/B times the user's scale; broadcasts with ``[*plates]``.
         constant: scaled log-density of sites that do not depend on any random value, a scalar.
         annealed: True where the user's scale differs between sites and so stands inside the weights.
+        leaf_scale: the scale inside the weights that the leaves share; None where they differ.
         layout: which plates are kept, and which sites are constants.
         runs: every scored site of every run, for reports and error messages.
     """
@@ -66,6 +69,7 @@ class Particles:
     scale: Tensor | float
     constant: Tensor | float
     annealed: bool
+    leaf_scale: Tensor | float | None
     layout: Layout
     runs: list[list[Site]] = field(repr=False)
 
@@ -127,7 +131,7 @@ class ParticleSampler:
         for _ in range(1 if self.vectorize else self.num_particles):
             traces = run_guide(self._wrapped(self.guide), self.args, self.kwargs, self._indices)
             self._indices = {**traces.indices, **self._indices}
-            draws.append(Draw(traces, leaf_values(traces)))
+            draws.append(make_draw(traces))
         return draws
 
     def evaluate(self, draws: Sequence[Draw], leaves: Sequence[dict[str, Tensor]] | None = None) -> Particles:
@@ -142,15 +146,17 @@ class ParticleSampler:
         """
         layouts, runs = [], []
         for i, draw in enumerate(draws):
+            scored = None
             if leaves is not None:
                 traces = self._traces_at(leaves[i])
             elif draw.patched:
                 traces = self._traces_at(draw.leaves)
             else:
+                scored = draw.flow_log_prob
                 traces = run_model(self._wrapped(self.model), self.args, self.kwargs, draw.traces, self._indices)
             self._indices = {**traces.indices, **self._indices}
             layouts.append(self._layout(traces))
-            runs.append(self._score(traces))
+            runs.append(self._score(traces, scored or {}))
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError(
                 "particles of one step differ in their plates: the model's structure changes with its random values. "
@@ -163,15 +169,18 @@ class ParticleSampler:
         return run_pair(model, guide, self.args, self.kwargs, {**self._indices, **leaves})
 
     def _layout(self, traces: Traces) -> Layout:
-        key = tuple(
+        sites = tuple(
             (trace is traces.guide, name, site["is_observed"], *_frames(site))
             for trace in (traces.guide, traces.model)
             for name, site in trace.nodes.items()
             if site["type"] == "sample"
         )
+        key = (self.model, self.guide, sites)
         layout = self.layouts.get(key)
         if layout is None:
             check_pair(traces)
+            if len(self.layouts) > 100:  # models made anew for every call must not pile up
+                self.layouts.clear()
             layout = self.layouts[key] = self._decide(traces)
             self.structure_is_new = True
         return layout
@@ -182,13 +191,13 @@ class ParticleSampler:
     def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
         return dependencies(self.model, self.guide, self.args, self.kwargs).log_prob
 
-    def _score(self, traces: Traces) -> list[Site]:
+    def _score(self, traces: Traces, scored: dict[str, Tensor]) -> list[Site]:
         sites = []
         for origin, trace in (("guide", traces.guide), ("model", traces.model)):
             for name, node in trace.nodes.items():
                 if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
                     continue
-                log_prob = _log_prob(name, node)
+                log_prob = scored[name] if origin == "guide" and name in scored else _log_prob(name, node)
                 if is_validation_enabled():
                     check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
                 log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
@@ -201,10 +210,11 @@ class ParticleSampler:
         constant = constant / self.num_particles
         weighted = [[site for site in sites if site.key not in layout.constants] for sites in runs]
         inside, outside, annealed = site_scales(sum(weighted, []), layout, self.max_plate_nesting)
+        leaf_scale = _common([s for s, site in zip(inside, sum(weighted, []), strict=True) if site.is_leaf])
         if not layout.leaves:
             like = constant if isinstance(constant, Tensor) else torch.zeros(())
             zeros = like.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
-            return Particles(zeros, zeros, 1.0, constant, annealed, layout, runs)
+            return Particles(zeros, zeros, 1.0, constant, annealed, 1.0, layout, runs)
         scales = iter(inside)
         log_joint, log_guide = [], []
         for sites in weighted:
@@ -215,7 +225,7 @@ class ParticleSampler:
         guide = torch.cat(log_guide) if len(runs) > 1 else log_guide[0]
         if self._dropped is not None:
             joint = joint.masked_fill(self._dropped, -math.inf)
-        return Particles(joint, guide, outside, constant, annealed, layout, runs)
+        return Particles(joint, guide, outside, constant, annealed, leaf_scale, layout, runs)
 
     def _split(self, sites: Sequence[Site], scales: Iterator[float | Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-joint and log-guide of one run, ``[particles, *plates]``."""
@@ -279,9 +289,21 @@ class ParticleSampler:
         return draws[0].leaves
 
 
-def leaf_values(traces: Traces) -> dict[str, Tensor]:
-    """Return the values of a run's random guide sites."""
-    return {name: site["value"] for name, site in traces.guide.nodes.items() if is_leaf(site)}
+def make_draw(traces: Traces) -> Draw:
+    """Return a run's random guide sites."""
+    leaves = {name: node for name, node in traces.guide.nodes.items() if is_leaf(node)}
+    flows = {name: _log_prob(name, node) for name, node in leaves.items() if is_flow(node["fn"])}
+    return Draw(traces, {name: node["value"] for name, node in leaves.items()}, flow_log_prob=flows)
+
+
+def _common(scales: Sequence[float | Tensor]) -> float | Tensor | None:
+    """Return the one scale of all, None if they differ. Looks at values, but only where scales are tensors."""
+    first = scales[0] if scales else 1.0
+    if isinstance(first, Tensor):
+        same = all(s is first or (isinstance(s, Tensor) and torch.equal(s, first)) for s in scales[1:])
+    else:
+        same = all(not isinstance(s, Tensor) and math.isclose(s, first, rel_tol=1e-9) for s in scales)
+    return first if same else None
 
 
 def _frames(site: Any) -> list[tuple]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
 
-__all__ = ["Layout", "Site", "check_pair", "decide_layout", "decide_local_layout", "is_leaf", "site_scales"]
+__all__ = ["Layout", "Site", "check_pair", "decide_layout", "decide_local_layout", "is_flow", "is_leaf", "site_scales"]
 
 
 class Site(NamedTuple):
@@ -68,6 +68,13 @@ def is_leaf(site: Any) -> bool:
 def _plates(site: Any) -> dict[str, Any]:
     """Vectorised plates of a site by name, without those that hold the particles."""
     return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in (PARTICLE_PLATE, LOCAL_PLATE)}
+
+
+def is_flow(fn: Any) -> bool:
+    """Tell whether a distribution is a learned flow, whose inverse may be slow or missing."""
+    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return any(isinstance(t, torch.nn.Module) for t in getattr(fn, "transforms", ()))
 
 
 def _factor(frame: Any) -> float:
@@ -300,7 +307,7 @@ def site_scales(
         inside, annealed = [scale / shared for scale in user], True
         outside = shared * outside
     else:
-        annealed = len(set(user)) > 1
+        annealed = any(not math.isclose(scale, user[0], rel_tol=1e-9) for scale in user)
         inside = list(user) if annealed else [1.0] * len(user)
         outside = outside if annealed else outside * user[0]
     for i, site in enumerate(sites):
@@ -325,4 +332,5 @@ def _shared_scale(scales: Sequence[float | Tensor], layout: Layout, max_plate_ne
     low, high = lows[0], highs[0]
     for next_low, next_high in zip(lows[1:], highs[1:], strict=True):
         low, high = torch.minimum(low, next_low), torch.maximum(high, next_high)
-    return torch.where(low == high, high, torch.ones_like(high))
+    shared = torch.isclose(low, high, rtol=1e-6, atol=0.0) & (high != 0)
+    return torch.where(shared, high, torch.ones_like(high))

@@ -11,6 +11,10 @@ def pytest_addoption(parser):
     parser.addoption("--dtype", default="float64", help="default dtype")
 
 
+def pytest_configure():
+    torch.set_num_threads(1)  # small tensors: more threads only fight each other
+
+
 @pytest.fixture(autouse=True)
 def isolated(request):
     """Own parameters, seed, dtype and device; settings are given back, and a test that changed one fails."""

@@ -35,7 +35,8 @@ class ParticleELBO(ELBO):
         max_plate_nesting: dimensions that the pair's plates take; found by one extra run if not given.
         nonfinite: ``"raise"`` to refuse a log-weight that is NaN or +inf, ``"drop"`` to count such a particle as one
             of weight zero. A log-weight of -inf is a weight of zero in either case. Pyro's validation, on by default,
-            comes first: a distribution whose parameters it finds NaN raises where it is made.
+            comes first: a distribution whose parameters it finds NaN raises where it is made. Where the density
+            jumps to zero no path gradient sees the jump; it is right where the density vanishes continuously.
         retain_graph: passed to ``backward``.
 
     Attributes:
@@ -65,6 +66,7 @@ class ParticleELBO(ELBO):
             vectorize_particles=vectorize_particles,
             retain_graph=retain_graph,
         )
+        self.max_plate_nesting = max_plate_nesting + self._particle_dims
         self.plates = None if plates is None else tuple(plates)
         self.nonfinite = nonfinite
         self.num_dropped = 0
@@ -81,6 +83,10 @@ class ParticleELBO(ELBO):
     def _linear(self) -> bool:
         """True where scales may stand inside the weights."""
         return self.num_particles == 1
+
+    @property
+    def _zero_weight_is_fatal(self) -> bool:
+        return self._linear
 
     def _sampler(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> ParticleSampler:
         if self.max_plate_nesting == math.inf:
@@ -163,7 +169,7 @@ class ParticleELBO(ELBO):
             invalid = bad & (log_w != -math.inf)
             if self.nonfinite == "raise" and invalid.any():
                 raise ValueError(_describe(estimate.particles, invalid))
-            if self._linear:  # an average of logs is -inf with any one of them
+            if self._zero_weight_is_fatal:  # an average of logs is -inf with any one of them
                 raise ValueError(_describe(estimate.particles, bad))
             if bad.all(0).any():
                 raise ValueError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))

@@ -24,6 +24,7 @@ from pyro_elbo_ext.gradients.pathwise import (
     replayed,
 )
 from pyro_elbo_ext.particles import Draw, ParticleSampler
+from pyro_elbo_ext.plates import is_flow
 
 __all__ = [
     "CIWAE_ELBO",
@@ -116,7 +117,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         if not self._several:
             return ESTIMATORS["pathwise"], "one particle: the total derivative, as pyro.infer.Trace_ELBO"
         for name in draws[0].leaves:
-            if _is_flow(draws[0].traces.guide.nodes[name]["fn"]):
+            if is_flow(draws[0].traces.guide.nodes[name]["fn"]):
                 return ESTIMATORS["pathwise"], f"'{name}' is a flow, whose inverse may be slow or missing"
         return ESTIMATORS["dreg"], "reparameterised guide, several particles: unbiased with the least variance"
 
@@ -126,7 +127,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         bound = self._bound
         if not estimator.replays or not draws[0].leaves or not torch.is_grad_enabled():
             return attached(sampler, draws, bound)
-        return replayed(sampler, draws, bound, lambda log_w: estimator.weights(bound, log_w))
+        return replayed(sampler, draws, bound, estimator, lambda log_w: estimator.weights(bound, log_w))
 
     @torch.no_grad()
     def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -137,12 +138,6 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         estimator, reason = self._choose(draws)
         constants = tuple(name for _, name in sorted(particles.layout.constants))
         return Explanation(estimator.name, reason, particles.layout.plates, constants, particles.annealed)
-
-
-def _is_flow(fn: Any) -> bool:
-    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return any(isinstance(t, torch.nn.Module) for t in getattr(fn, "transforms", ()))
 
 
 class IWAE_ELBO(ImportanceWeighted_ELBO):
@@ -162,7 +157,8 @@ class IWAE_ELBO(ImportanceWeighted_ELBO):
     Args:
         num_particles: K; the ELBO at 1.
         gradient: as in :class:`ImportanceWeighted_ELBO`.
-        plates: plates to factorise over.
+        plates: plates to factorise over; with local particles name every plate around them, or what is outside stands
+            inside their log, where the bound is looser.
         local_particles: M; needs ``plates``.
         global_bound: ``"elbo"`` averages the global particles; ``"iwae"`` takes a log-mean-exp over them too, for full
             batches and without "dreg".
@@ -196,6 +192,10 @@ class IWAE_ELBO(ImportanceWeighted_ELBO):
             raise ValueError("global_bound needs local_particles > 1; num_particles alone is IWAE over all latents")
         if global_bound == "iwae" and getattr(gradient, "name", gradient) == "dreg":
             raise ValueError("gradient='dreg' has no proven weights for global_bound='iwae'; use 'pathwise' or 'stl'")
+
+    @property
+    def _zero_weight_is_fatal(self) -> bool:
+        return super()._zero_weight_is_fatal if self.local_particles == 1 else False
 
     def _make_sampler(self, *args: Any, **kwargs: Any) -> ParticleSampler:
         if self.local_particles == 1:
@@ -318,6 +318,6 @@ class PIWAE_ELBO(ImportanceWeighted_ELBO):
         def weights(log_w: Tensor) -> Weights:
             model = estimator.weights(self._bound, log_w)
             guide = estimator.weights(self._guide_bound, log_w)
-            return Weights(model.model, guide.path, guide.score)
+            return Weights(model.model, guide.path, guide.score, guide.model)
 
-        return replayed(sampler, draws, self._bound, weights)
+        return replayed(sampler, draws, self._bound, estimator, weights)

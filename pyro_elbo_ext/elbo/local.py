@@ -26,8 +26,15 @@ from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
-from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimate, Estimator, check_repeatable
-from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler, leaf_values
+from pyro_elbo_ext.gradients.pathwise import (
+    DoublyReparameterized,
+    Estimate,
+    Estimator,
+    check_repeatable,
+    finite,
+    with_leaf_scale,
+)
+from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler, _common, make_draw
 from pyro_elbo_ext.plates import Layout, Site, decide_local_layout, site_scales
 from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces, run_guide
 
@@ -92,7 +99,7 @@ class LocalSampler(ParticleSampler):
             for _ in range(self.local_particles):
                 traces = run_guide(self.guide, self.args, self.kwargs, {**self._indices, **shared})
                 self._indices = {**traces.indices, **self._indices}
-                draw = Draw(traces, leaf_values(traces))
+                draw = make_draw(traces)
                 shared = {name: z for name, z in draw.leaves.items() if not self._is_inside(traces.guide.nodes[name])}
                 draws.append(draw)
         return draws
@@ -118,6 +125,7 @@ class LocalSampler(ParticleSampler):
     def _weigh(self, layout: Layout, runs: list[list[Site]]) -> LocalParticles:
         local = [[site for site in sites if self._is_inside(site.node)] for sites in runs]
         inside, outside, annealed = site_scales(sum(local, []), layout, self.max_plate_nesting)
+        leaf_scale = _common([s for s, site in zip(inside, sum(local, []), strict=True) if site.is_leaf])
         scales = iter(inside)
         joint, guide = self._stacked([self._split(sites, scales, layout) for sites in local], layout)
         if self._dropped is not None:
@@ -133,7 +141,9 @@ class LocalSampler(ParticleSampler):
             torch.cat([pair[part].reshape(-1).expand(self.num_particles // len(outer)) for pair in outer])
             for part in (0, 1)
         )
-        return LocalParticles(joint, guide, outside, 0.0, annealed, layout, runs, global_joint, global_guide)
+        return LocalParticles(
+            joint, guide, outside, 0.0, annealed, leaf_scale, layout, runs, global_joint, global_guide
+        )
 
     def _stacked(self, pairs: list[tuple[Tensor, Tensor]], layout: Layout) -> tuple[Tensor, Tensor]:
         if self.vectorize:
@@ -183,17 +193,19 @@ def local_replayed(
     totals = _totals(particles, bound).detach()
     share = outer.path_weights(totals)
     each = share.reshape((1, -1) + (1,) * (log_w.dim() - 2)) * particles.scale
-    weights = estimator.weights(bound, log_w.detach())
+    weights = with_leaf_scale(estimator.weights(bound, log_w.detach()), estimator, particles)
     local_names = set(sampler.local_leaves(draws))
     drawn = {id(z): (name in local_names, z) for draw in draws for name, z in draw.leaves.items()}
     through = particles.log_joint if isinstance(estimator, DoublyReparameterized) else log_w
-    surrogate = (each * weights.model * particles.log_joint).sum() + (share * particles.global_joint).sum()
+    surrogate = (each * weights.model * finite(particles.log_joint)).sum() + (share * particles.global_joint).sum()
     for is_local in (True, False):
         keys = [key for key, (local, _) in drawn.items() if local == is_local]
         if not keys:
             continue
         outputs = [log_w] if is_local else [through, own]
         cotangents = [each * weights.path] if is_local else [each * weights.model, share]
+        if not log_w.requires_grad:  # nothing there depends smoothly on the leaves
+            continue
         slopes = torch.autograd.grad(
             outputs, [copies[key] for key in keys], cotangents, retain_graph=True, allow_unused=True
         )

@@ -86,7 +86,7 @@ class MeanField_ELBO(ParticleELBO):
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         self.beta = beta
         self.free_bits = free_bits
-        self._closed: dict[Layout, frozenset[str]] = {}
+        self._closed: dict[Any, frozenset[str]] = {}
 
     @property
     def _linear(self) -> bool:
@@ -133,15 +133,17 @@ class MeanField_ELBO(ParticleELBO):
         return BoundTerms(float(reconstruction) / self.num_particles, parts, tuple(sorted(closed)))
 
     def _closed_forms(self, sampler: ParticleSampler, layout: Layout, sites: Sequence[Site]) -> frozenset[str]:
-        if layout not in self._closed:
+        by_key = {site.key: site for site in sites}
+        latents = [name for origin, name in by_key if origin == "model" and ("guide", name) in by_key]
+        alike = frozenset(name for name in latents if _alike(name, by_key))  # looked at anew: scales and masks change
+        kinds = tuple((site.key, type(site.node["fn"])) for site in sites)
+        key = (sampler.model, sampler.guide, layout, alike, kinds)
+        if key not in self._closed:
+            if len(self._closed) > 100:  # models made anew for every call must not pile up
+                self._closed.clear()
             found = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
-            by_key = {site.key: site for site in sites}
-            self._closed[layout] = frozenset(
-                name
-                for origin, name in by_key
-                if origin == "model" and ("guide", name) in by_key and _has_closed_form(name, by_key, found)
-            )
-        return self._closed[layout]
+            self._closed[key] = frozenset(name for name in alike if _has_closed_form(name, by_key, found))
+        return self._closed[key]
 
 
 def _terms(runs: Sequence[Sequence[Site]], closed: frozenset[str]) -> tuple[Tensor, dict[str, tuple[Tensor, Any]]]:
@@ -220,20 +222,23 @@ def _without(fn: Any, parts: list[Any]) -> Any:
         own = [part for transform in base.transforms for part in _parts(transform)]
         if own == parts:
             base = base.base_dist
-    if own != parts:
+    if own != parts or not all(part.bijective for part in parts):
         raise NotImplementedError
     event_dim = len(fn.event_shape) - len(base.event_shape)
     return dist.Independent(base, event_dim) if event_dim else base
 
 
-def _has_closed_form(name: str, by_key: Mapping[tuple[str, str], Site], found: Any) -> bool:
-    """Tell whether a latent's KL may be taken in closed form."""
-    own = [site for site in by_key.values() if site.name in (name, name + _SUFFIX)]
-    nodes = [site.node for site in own]
+def _alike(name: str, by_key: Mapping[tuple[str, str], Site]) -> bool:
+    """Tell whether a latent's sites in model and guide have one scale and one mask."""
+    keys = [("model", name), ("guide", name), ("guide", name + _SUFFIX)]
+    nodes = [by_key[key].node for key in keys if key in by_key]
     if any(node["mask"] is not nodes[0]["mask"] for node in nodes):
         return False
-    if any(isinstance(node["scale"], Tensor) or node["scale"] != nodes[0]["scale"] for node in nodes):
-        return False
+    return not any(isinstance(node["scale"], Tensor) or node["scale"] != nodes[0]["scale"] for node in nodes)
+
+
+def _has_closed_form(name: str, by_key: Mapping[tuple[str, str], Site], found: Any) -> bool:
+    """Tell whether a latent's KL may be taken in closed form, its scales and masks being alike."""
     leaf = _leaf(name, by_key)
     try:
         divergence = kl_divergence(*_comparable(name, by_key))

@@ -46,17 +46,23 @@ __all__ = [
     "Weights",
     "attached",
     "check_repeatable",
+    "finite",
+    "with_leaf_scale",
     "check_reparameterized",
     "replayed",
 ]
 
 
 class Weights(NamedTuple):
-    """Weights of the three parts of a gradient, each ``[num_particles, *plates]``; None leaves the score part out."""
+    """Weights of the three parts of a gradient, each ``[num_particles, *plates]``; None leaves the score part out.
+
+    ``path_weights`` are those of the guide's bound where that is not the model's.
+    """
 
     model: Tensor
     path: Tensor
     score: Tensor | None
+    path_weights: Tensor | None = None
 
 
 class Estimate(NamedTuple):
@@ -150,6 +156,7 @@ def replayed(
     sampler: ParticleSampler,
     draws: Sequence[Draw],
     bound: Callable[[Tensor], Tensor],
+    estimator: Estimator,
     weights: Callable[[Tensor], Weights],
 ) -> Estimate:
     """Return the bound with the gradient that ``weights`` asks for.
@@ -158,6 +165,7 @@ def replayed(
         sampler: the step's sampler.
         draws: its draws.
         bound: gives the value, ``[*plates]``.
+        estimator: whose weights they are.
         weights: gives the weights at detached log-weights.
     """
     with torch.enable_grad():
@@ -166,13 +174,14 @@ def replayed(
         log_w = particles.log_weight
     if sampler.structure_is_new and is_validation_enabled():
         check_repeatable(draws, particles)
-    weight = weights(log_w.detach())
+    weight = with_leaf_scale(weights(log_w.detach()), estimator, particles)
     drawn = [z for draw in draws for z in draw.leaves.values()]
     copies = [z for values in leaves for z in values.values()]
-    slopes = torch.autograd.grad(
-        log_w, copies, (weight.path * particles.scale).expand_as(log_w), retain_graph=True, allow_unused=True
-    )
-    surrogate = (weight.model * particles.scale * _finite(particles.log_joint)).sum() + particles.constant
+    slopes: Sequence[Tensor | None] = [None] * len(copies)
+    if log_w.requires_grad:
+        cotangent = (weight.path * particles.scale).expand_as(log_w)
+        slopes = torch.autograd.grad(log_w, copies, cotangent, retain_graph=True, allow_unused=True)
+    surrogate = (weight.model * particles.scale * finite(particles.log_joint)).sum() + particles.constant
     if weight.score is not None:
         surrogate = surrogate + (weight.score * particles.scale * particles.log_guide).sum()
     for z, slope in zip(drawn, slopes, strict=True):
@@ -183,7 +192,28 @@ def replayed(
     return Estimate(value + (surrogate - surrogate.detach()), particles)
 
 
-def _finite(log_joint: Tensor) -> Tensor:
+def with_leaf_scale(weights: Weights, estimator: Estimator, particles: Particles) -> Weights:
+    r"""Adjust doubly reparameterised weights to a guide whose log-density is scaled inside the weights.
+
+    With :math:`\ell = \dots - b \log q`, as under KL annealing, the score that is reparameterised once more has the
+    factor b, so the path weight is :math:`v - b\,dv/d\ell`.
+
+    Raises:
+        ValueError: the guide's sites are scaled differently.
+    """
+    b = particles.leaf_scale
+    if not isinstance(estimator, DoublyReparameterized) or (not isinstance(b, Tensor) and b == 1):
+        return weights
+    if b is None:
+        raise ValueError(
+            f"guide sites {particles.layout.leaves} have different scales (poutine.scale) inside the weights, for "
+            "which there is no doubly reparameterised gradient: scale them alike, or use gradient='pathwise'."
+        )
+    undamped = weights.path_weights if weights.path_weights is not None else weights.model
+    return weights._replace(path=undamped - b * (undamped - weights.path))
+
+
+def finite(log_joint: Tensor) -> Tensor:
     """Zero for a zero weight, whose log times its weight would be NaN."""
     return log_joint.masked_fill(log_joint == -torch.inf, 0.0)
 
