@@ -109,3 +109,14 @@ def test_linear_vae_reaches_the_closed_form_optimum():
     end = -sum(svi.evaluate_loss() for _ in range(200)) / 200 / num
     assert start < optimum - 1
     assert end == pytest.approx(optimum, abs=1e-3)
+
+
+SLOPES = {"pathwise": (-0.6, -0.4), "dreg": (-1.7, -1.3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pathwise", "dreg", "stl", "vr-iwae", "miwae", "ciwae"])
+def test_this_package_conforms_at_full_size(name):
+    make, claims = EXACT[name]
+    checks = conformance(make, **claims, slope=SLOPES.get(name))
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
