@@ -172,7 +172,8 @@ def test_weights_per_datum():
             pyro.sample("z", dist.Normal(torch.tensor(0.1), 0.8))
 
     exact = float((weights * dist.Normal(0.0, 2**0.5).log_prob(data())).sum())
-    assert -IWAE_ELBO(50_000).loss(model, guide) == pytest.approx(exact, abs=0.02)
+    mean, se = mean_and_error(IWAE_ELBO(5000), model, guide, calls=50)
+    assert abs(mean - exact) < 4 * se + 1e-3
 
 
 @pytest.mark.parametrize("kind", ["mask", "obs_mask"])
@@ -198,7 +199,8 @@ def test_masked_data(kind):
     exact = float(dist.Normal(0.0, 2**0.5).log_prob(data())[mask].sum())
     elbo = IWAE_ELBO(20_000)
     assert elbo.explain(model, guide).plates == ("data",)
-    assert -elbo.loss(model, guide) == pytest.approx(exact, abs=0.05)
+    mean, se = mean_and_error(elbo, model, guide, calls=20)
+    assert abs(mean - exact) < 4 * se + 1e-3
 
 
 @pytest.mark.parametrize("gradient", ["pathwise", "stl", "dreg"])
