@@ -113,6 +113,7 @@ class ParticleSampler:
     layouts: dict[Any, Layout] = field(default_factory=dict)
     structure_is_new: bool = field(default=False, init=False)
     _indices: dict[str, Tensor] = field(default_factory=dict)
+    _example: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)  # for dtype and device
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
 
     @property
@@ -200,20 +201,23 @@ class ParticleSampler:
                 log_prob = scored[name] if origin == "guide" and name in scored else _log_prob(name, node)
                 if is_validation_enabled():
                     check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
-                log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
+                log_prob = self._example = scale_and_mask(log_prob, 1.0, node["mask"])
                 sites.append(Site(name, origin, log_prob, node, origin == "guide" and is_leaf(node)))
         return sites
 
     def _weigh(self, layout: Layout, runs: list[list[Site]]) -> Particles:
-        constants = [site for sites in runs for site in sites if site.key in layout.constants]
+        constants: list[Site] = []
+        weighted = runs
+        if layout.constants:
+            constants = [site for sites in runs for site in sites if site.key in layout.constants]
+            weighted = [[site for site in sites if site.key not in layout.constants] for sites in runs]
+        every = [site for sites in weighted for site in sites]
         constant: Any = sum(site.sign * (site.log_prob * site.node["scale"]).sum() for site in constants)
         constant = constant / self.num_particles
-        weighted = [[site for site in sites if site.key not in layout.constants] for sites in runs]
-        inside, outside, annealed = site_scales(sum(weighted, []), layout, self.max_plate_nesting)
-        leaf_scale = _common([s for s, site in zip(inside, sum(weighted, []), strict=True) if site.is_leaf])
+        inside, outside, annealed = site_scales(every, layout, self.max_plate_nesting)
+        leaf_scale = _common([s for s, site in zip(inside, every, strict=True) if site.is_leaf])
         if not layout.leaves:
-            like = constant if isinstance(constant, Tensor) else torch.zeros(())
-            zeros = like.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
+            zeros = self._example.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
             return Particles(zeros, zeros, 1.0, constant, annealed, 1.0, layout, runs)
         scales = iter(inside)
         log_joint, log_guide = [], []
@@ -253,7 +257,7 @@ class ParticleSampler:
             dims = [d for d in range(-nesting, 0) if d not in layout.dims and term.shape[d] != 1]
             term = term.sum(dims, keepdim=True) if dims else term
             total = term if total is None else total + term
-        return torch.zeros((1,) * (nesting + 1)) if total is None else total
+        return self._example.new_zeros((1,) * (nesting + 1)) if total is None else total
 
     def drop(self, draws: Sequence[Draw], log_w: Tensor, bad: Tensor) -> list[Draw]:
         """Give the ``bad`` particles weight zero and the leaves of their heaviest neighbour.
