@@ -25,7 +25,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import dependencies
-from pyro_elbo_ext.plates import Layout, Site, check_pair, decide_layout, is_flow, is_leaf, site_scales
+from pyro_elbo_ext.plates import Layout, Site, check_pair, common_scale, decide_layout, is_flow, is_leaf, site_scales
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
 
 __all__ = ["Draw", "ParticleSampler", "Particles", "make_draw"]
@@ -68,7 +68,7 @@ class Particles:
     log_guide: Tensor
     scale: Tensor | float
     constant: Tensor | float
-    annealed: bool
+    annealed: bool | Tensor
     leaf_scale: Tensor | float | None
     layout: Layout
     runs: list[list[Site]] = field(repr=False)
@@ -215,7 +215,7 @@ class ParticleSampler:
         constant: Any = sum(site.sign * (site.log_prob * site.node["scale"]).sum() for site in constants)
         constant = constant / self.num_particles
         inside, outside, annealed = site_scales(every, layout, self.max_plate_nesting)
-        leaf_scale = _common([s for s, site in zip(inside, every, strict=True) if site.is_leaf])
+        leaf_scale = common_scale([s for s, site in zip(inside, every, strict=True) if site.is_leaf])
         if not layout.leaves:
             zeros = self._example.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
             return Particles(zeros, zeros, 1.0, constant, annealed, 1.0, layout, runs)
@@ -298,16 +298,6 @@ def make_draw(traces: Traces) -> Draw:
     leaves = {name: node for name, node in traces.guide.nodes.items() if is_leaf(node)}
     flows = {name: _log_prob(name, node) for name, node in leaves.items() if is_flow(node["fn"])}
     return Draw(traces, {name: node["value"] for name, node in leaves.items()}, flow_log_prob=flows)
-
-
-def _common(scales: Sequence[float | Tensor]) -> float | Tensor | None:
-    """Return the one scale of all, None if they differ. Looks at values, but only where scales are tensors."""
-    first = scales[0] if scales else 1.0
-    if isinstance(first, Tensor):
-        same = all(s is first or (isinstance(s, Tensor) and torch.equal(s, first)) for s in scales[1:])
-    else:
-        same = all(not isinstance(s, Tensor) and math.isclose(s, first, rel_tol=1e-9) for s in scales)
-    return first if same else None
 
 
 def _frames(site: Any) -> list[tuple]:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
 
-__all__ = ["Layout", "Site", "check_pair", "decide_layout", "decide_local_layout", "is_flow", "is_leaf", "site_scales"]
+__all__ = [
+    "Layout",
+    "Site",
+    "check_pair",
+    "common_scale",
+    "decide_layout",
+    "decide_local_layout",
+    "is_flow",
+    "is_leaf",
+    "site_scales",
+]
 
 
 class Site(NamedTuple):
@@ -286,7 +296,7 @@ def _user_scale(site: Site) -> float | Tensor:
 
 def site_scales(
     sites: Sequence[Site], layout: Layout, max_plate_nesting: int
-) -> tuple[list[float | Tensor], float | Tensor, bool]:
+) -> tuple[list[float | Tensor], float | Tensor, bool | Tensor]:
     """Split each site's scale into a part inside the weights and one part outside the bound.
 
     The user's scale, equal on all sites of an element, stands outside; where it differs by site, as in KL annealing,
@@ -302,9 +312,10 @@ def site_scales(
     subsampled = {f.name: f for site in sites for f in site.node["cond_indep_stack"] if f.name in layout.plates}
     outside: float | Tensor = math.prod(_factor(f) for f in subsampled.values())
     inside: list[float | Tensor]
+    annealed: bool | Tensor
     if any(isinstance(scale, Tensor) for scale in user):
-        shared = _shared_scale(user, layout, max_plate_nesting)
-        inside, annealed = [scale / shared for scale in user], True
+        shared, annealed = _shared_scale(user, layout, max_plate_nesting)
+        inside = [scale / shared for scale in user]
         outside = shared * outside
     else:
         annealed = any(not math.isclose(scale, user[0], rel_tol=1e-9) for scale in user)
@@ -319,8 +330,8 @@ def site_scales(
     return inside, outside, annealed
 
 
-def _shared_scale(scales: Sequence[float | Tensor], layout: Layout, max_plate_nesting: int) -> Tensor:
-    """The scale that all sites of an element share, 1 where they share none; no branch on a value."""
+def _shared_scale(scales: Sequence[float | Tensor], layout: Layout, max_plate_nesting: int) -> tuple[Tensor, Tensor]:
+    """The scale that all sites of an element share, 1 where they share none, and whether any element has none."""
     example = next(scale for scale in scales if isinstance(scale, Tensor))
     lows, highs = [], []
     for scale in scales:
@@ -332,5 +343,15 @@ def _shared_scale(scales: Sequence[float | Tensor], layout: Layout, max_plate_ne
     low, high = lows[0], highs[0]
     for next_low, next_high in zip(lows[1:], highs[1:], strict=True):
         low, high = torch.minimum(low, next_low), torch.maximum(high, next_high)
-    shared = torch.isclose(low, high, rtol=1e-6, atol=0.0) & (high != 0)
-    return torch.where(shared, high, torch.ones_like(high))
+    shared = torch.isclose(low, high, rtol=1e-6, atol=0.0)
+    return torch.where(shared & (high != 0), high, torch.ones_like(high)), ~shared.all()
+
+
+def common_scale(scales: Sequence[float | Tensor]) -> float | Tensor | None:
+    """Return the one scale of all, None if they differ. Looks at values, but only where scales are tensors."""
+    first = scales[0] if scales else 1.0
+    if isinstance(first, Tensor):
+        same = all(s is first or (isinstance(s, Tensor) and torch.equal(s, first)) for s in scales[1:])
+    else:
+        same = all(not isinstance(s, Tensor) and math.isclose(s, first, rel_tol=1e-9) for s in scales)
+    return first if same else None

@@ -137,7 +137,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         particles = sampler.evaluate(draws)
         estimator, reason = self._choose(draws)
         constants = tuple(name for _, name in sorted(particles.layout.constants))
-        return Explanation(estimator.name, reason, particles.layout.plates, constants, particles.annealed)
+        return Explanation(estimator.name, reason, particles.layout.plates, constants, bool(particles.annealed))
 
 
 class IWAE_ELBO(ImportanceWeighted_ELBO):

@@ -100,9 +100,6 @@ def test_the_first_call_draws_what_any_other_would():
     assert values[0] == values[1]
 
 
-SINGLE = [name for name in ELBOS if "miwae" not in name and "piwae" not in name and name != "own-bound"]
-
-
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("guide", AUTO_GUIDES)
@@ -110,7 +107,7 @@ def test_one_particle_equals_trace_elbo(guide, model, vectorize):
     check_equal_to_trace_elbo("iwae", MODELS[model], AUTO_GUIDES[guide](MODELS[model]), vectorize_particles=vectorize)
 
 
-@pytest.mark.parametrize("name", [name for name in SINGLE if name not in ("iwae-stl", "iwae-dreg", "mean-field")])
+@pytest.mark.parametrize("name", ["iwae", "iwae-pathwise", "vr-iwae", "ciwae"])
 def test_one_particle_of_any_class_equals_trace_elbo(name):
     check_equal_to_trace_elbo(name, local_model, local_guide, 4)
 

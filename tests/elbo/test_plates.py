@@ -156,6 +156,7 @@ def test_a_shared_scale_stands_outside_the_log():
         scaled = [pyro.poutine.scale(fn, scale=factor) for fn in (local_model, local_guide)]
         pyro.set_rng_seed(0)
         assert IWAE_ELBO(8).loss(*scaled) == pytest.approx(0.25 * plain)
+        assert not IWAE_ELBO(8).explain(*scaled).annealed
 
 
 def test_weights_per_datum():
