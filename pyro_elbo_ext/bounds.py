@@ -76,37 +76,60 @@ class Bound:
     def leave_one_out(self, log_w: Tensor, fill: str = "geometric") -> Tensor:
         r"""Return the learning signal :math:`S_k = B(\ell) - B(\ell_{-k})`, ``[num_particles, *plates]``.
 
-        In :math:`\ell_{-k}` particle k is replaced by a mean of the others, so that nothing of particle k is left in
-        the second term and subtracting it adds no bias. The coefficient of :math:`\nabla \log q(z_k)` in an unbiased
-        gradient is :math:`S_k - v_k`. Averaged log-weights give the leave-one-out (RLOO) estimator, the
-        log-mean-exp gives VIMCO.
+        In :math:`\ell_{-k}` particle k is replaced by a mean of the others, or by nothing, so that nothing of particle
+        k is left in the second term and subtracting it adds no bias. The coefficient of :math:`\nabla \log q(z_k)` in
+        an unbiased gradient is :math:`S_k - v_k`. Averaged log-weights give the leave-one-out (RLOO) estimator, the
+        log-mean-exp gives VIMCO, and OVIS with ``fill="zero"``.
 
         Args:
             log_w: log-weights ``[num_particles, *plates]``.
-            fill: ``"geometric"`` (mean of the others' log-weights) or ``"arithmetic"`` (log of their mean weight).
+            fill: ``"geometric"`` (mean of the others' log-weights), ``"arithmetic"`` (log of their mean weight) or
+                ``"zero"`` (a weight of zero).
 
         Raises:
             ValueError: fewer than two particles, or an unknown ``fill``.
 
         References:
-            Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016, arXiv:1602.06725).
+            Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016, arXiv:1602.06725); Optimal Variance
+            Control of the Score-Function Gradient Estimator for Importance-Weighted Bounds (Liévin, Dittadi,
+            Christensen, Winther, 2020, arXiv:2008.01998).
         """
+        _check_fill(log_w, fill)
         num_particles = log_w.shape[0]
-        if num_particles < 2:
-            raise ValueError(
-                "leaving one particle out needs num_particles >= 2, got 1: a lone particle has no others to compare "
-                "with. Raise num_particles."
-            )
         own = torch.eye(num_particles, dtype=torch.bool, device=log_w.device)
         own = own.reshape(own.shape + (1,) * (log_w.dim() - 1))  # [particle, left out, 1...]
         others = log_w.unsqueeze(1).expand(own.shape[:2] + log_w.shape[1:])
-        if fill == "geometric":
-            mean = torch.where(own, torch.zeros_like(log_w[0]), others).sum(0) / (num_particles - 1)
-        elif fill == "arithmetic":
-            mean = torch.logsumexp(others.masked_fill(own, -math.inf), 0) - math.log(num_particles - 1)
-        else:
-            raise ValueError(f'fill must be "geometric" or "arithmetic", got {fill!r}')
-        return self(log_w) - self(torch.where(own, mean, others))
+        return self(log_w) - self(torch.where(own, _fill(log_w, fill), others))
+
+
+def _check_fill(log_w: Tensor, fill: str) -> None:
+    if fill not in ("geometric", "arithmetic", "zero"):
+        raise ValueError(f'fill must be "geometric", "arithmetic" or "zero", got {fill!r}')
+    if log_w.shape[0] < 2:
+        raise ValueError(
+            "leaving one particle out needs num_particles >= 2, got 1: a lone particle has no others to compare "
+            "with. Raise num_particles."
+        )
+
+
+def _log_sum_exp_of_others(log_w: Tensor) -> Tensor:
+    """Log of the sum of all weights but one's own, from sums over those before and after: nothing is subtracted."""
+    nothing = torch.full_like(log_w[:1], -math.inf)
+    before = torch.cat([nothing, log_w[:-1].logcumsumexp(0)])
+    after = torch.cat([log_w[1:].flip(0).logcumsumexp(0).flip(0), nothing])
+    return torch.logaddexp(before, after)
+
+
+def _fill(log_w: Tensor, fill: str) -> Tensor:
+    """What stands in a particle's place, from the others alone, ``[num_particles, *plates]``."""
+    others = log_w.shape[0] - 1
+    if fill == "zero":
+        return torch.full_like(log_w, -math.inf)
+    if fill == "arithmetic":
+        return _log_sum_exp_of_others(log_w) - math.log(others)
+    before = torch.cat([torch.zeros_like(log_w[:1]), log_w[:-1].cumsum(0)])
+    after = torch.cat([log_w[1:].flip(0).cumsum(0).flip(0), torch.zeros_like(log_w[:1])])
+    return (before + after) / others
 
 
 class FunctionBound(Bound):
@@ -137,6 +160,11 @@ class ELBO(Bound):
         """Return 1/K: for the ELBO the doubly reparameterised estimator is sticking-the-landing."""
         return self.path_weights(log_w)
 
+    def leave_one_out(self, log_w: Tensor, fill: str = "geometric") -> Tensor:
+        """Return each log-weight less what stands in its place, over K."""
+        _check_fill(log_w, fill)
+        return (log_w - _fill(log_w, fill)) / log_w.shape[0]
+
 
 class IWAE(Bound):
     r""":math:`\log \frac{1}{K} \sum_k w_k`, the importance-weighted bound.
@@ -156,6 +184,12 @@ class IWAE(Bound):
     def doubly_reparameterized_weights(self, log_w: Tensor) -> Tensor:
         """Return the squared normalised weights."""
         return torch.softmax(log_w, 0).square()
+
+    def leave_one_out(self, log_w: Tensor, fill: str = "geometric") -> Tensor:
+        """Return the signal at a cost linear in the number of particles."""
+        _check_fill(log_w, fill)
+        without = torch.logaddexp(_log_sum_exp_of_others(log_w), _fill(log_w, fill))
+        return self(log_w) - (without - math.log(log_w.shape[0]))
 
 
 class VRIWAE(Bound):

@@ -25,7 +25,17 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import dependencies
-from pyro_elbo_ext.plates import Layout, Site, check_pair, common_scale, decide_layout, is_flow, is_leaf, site_scales
+from pyro_elbo_ext.plates import (
+    Layout,
+    Site,
+    check_pair,
+    common_scale,
+    decide_layout,
+    is_flow,
+    is_leaf,
+    is_reparameterized,
+    site_scales,
+)
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
 
 __all__ = ["Draw", "ParticleSampler", "Particles", "make_draw"]
@@ -59,7 +69,7 @@ class Particles:
         scale: what stands outside the bound: subsampling's N/B times the user's scale; broadcasts with ``[*plates]``.
         constant: scaled log-density of sites that do not depend on any random value, a scalar.
         annealed: True where the user's scale differs between sites and so stands inside the weights.
-        leaf_scale: the scale inside the weights that the leaves share; None where they differ.
+        leaf_scales: the scale of each leaf inside the weights.
         layout: which plates are kept, and which sites are constants.
         runs: every scored site of every run, for reports and error messages.
     """
@@ -69,9 +79,14 @@ class Particles:
     scale: Tensor | float
     constant: Tensor | float
     annealed: bool | Tensor
-    leaf_scale: Tensor | float | None
+    leaf_scales: dict[str, Tensor | float]
     layout: Layout
     runs: list[list[Site]] = field(repr=False)
+
+    @property
+    def leaf_scale(self) -> Tensor | float | None:
+        """The scale inside the weights that the leaves share; None where they differ."""
+        return common_scale(list(self.leaf_scales.values()))
 
     @property
     def log_weight(self) -> Tensor:
@@ -115,6 +130,7 @@ class ParticleSampler:
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _example: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)  # for dtype and device
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
+    _invalid: Tensor | None = None  # the same, where it counts as zero for being no number
 
     @property
     def particle_dims(self) -> int:
@@ -215,10 +231,10 @@ class ParticleSampler:
         constant: Any = sum(site.sign * (site.log_prob * site.node["scale"]).sum() for site in constants)
         constant = constant / self.num_particles
         inside, outside, annealed = site_scales(every, layout, self.max_plate_nesting)
-        leaf_scale = common_scale([s for s, site in zip(inside, every, strict=True) if site.is_leaf])
+        leaf_scales = {site.name: s for s, site in zip(inside, every, strict=True) if site.is_leaf}
         if not layout.leaves:
             zeros = self._example.new_zeros((self.num_particles,) + (1,) * self.max_plate_nesting)
-            return Particles(zeros, zeros, 1.0, constant, annealed, 1.0, layout, runs)
+            return Particles(zeros, zeros, 1.0, constant, annealed, {}, layout, runs)
         scales = iter(inside)
         log_joint, log_guide = [], []
         for sites in weighted:
@@ -229,7 +245,7 @@ class ParticleSampler:
         guide = torch.cat(log_guide) if len(runs) > 1 else log_guide[0]
         if self._dropped is not None:
             joint = joint.masked_fill(self._dropped, -math.inf)
-        return Particles(joint, guide, outside, constant, annealed, leaf_scale, layout, runs)
+        return Particles(joint, guide, outside, constant, annealed, leaf_scales, layout, runs)
 
     def _split(self, sites: Sequence[Site], scales: Iterator[float | Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
         """Return log-joint and log-guide of one run, ``[particles, *plates]``."""
@@ -259,6 +275,31 @@ class ParticleSampler:
             total = term if total is None else total + term
         return self._example.new_zeros((1,) * (nesting + 1)) if total is None else total
 
+    def log_scores(self, draws: Sequence[Draw], particles: Particles) -> tuple[Tensor, Tensor]:
+        """Return log q of the sites that are not reparameterised, attached to the parameters and to their parents.
+
+        Taken from the guide's own run, so that a particle left out keeps the score of what it drew.
+
+        Returns:
+            The plain density, whose gradient is the score, and the masked and scaled one that stands inside the
+            log-weights; both ``[num_particles, *plates]``.
+        """
+        plain, weighted = [], []
+        for draw in draws:
+            own, inside = [], []
+            for name, node in draw.traces.guide.nodes.items():
+                if name in draw.leaves and not is_reparameterized(node):
+                    own.append(_log_prob(name, node))
+                    inside.append(scale_and_mask(own[-1], particles.leaf_scales.get(name, 1.0), node["mask"]))
+            plain.append(self._total(own, particles.layout))
+            weighted.append(self._total(inside, particles.layout))
+        return torch.cat(plain), torch.cat(weighted)
+
+    @property
+    def invalid(self) -> Tensor | None:
+        """Where a particle was left out for a weight that is no number; None where none was."""
+        return self._invalid
+
     def drop(self, draws: Sequence[Draw], log_w: Tensor, bad: Tensor) -> list[Draw]:
         """Give the ``bad`` particles weight zero and the leaves of their heaviest neighbour.
 
@@ -271,7 +312,7 @@ class ParticleSampler:
             log_w: their log-weights ``[num_particles, *plates]``.
             bad: of the same shape, True where the particle is to be left out.
         """
-        self._dropped = bad
+        self._dropped, self._invalid = bad, bad & (log_w != -math.inf)
         donor = log_w.detach().masked_fill(bad, -math.inf).argmax(0, keepdim=True)
         stacked = self.particle_dims > 0
         patched: list[dict[str, Tensor]] = [dict(draw.leaves) for draw in draws]

@@ -18,13 +18,17 @@ from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
 __all__ = [
     "Layout",
     "Site",
+    "base_name",
     "check_pair",
     "common_scale",
     "decide_layout",
     "decide_local_layout",
     "is_flow",
     "is_leaf",
+    "is_reparameterized",
+    "own_scale",
     "site_scales",
+    "vectorized_plates",
 ]
 
 
@@ -75,8 +79,24 @@ def is_leaf(site: Any) -> bool:
     return not isinstance(fn, dist.Delta)
 
 
-def _plates(site: Any) -> dict[str, Any]:
-    """Vectorised plates of a site by name, without those that hold the particles."""
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.Rejector):
+        fn = fn.base_dist
+    return fn
+
+
+def base_name(fn: Any) -> str:
+    """Name the distribution that others are wrapped around."""
+    return type(_base(fn)).__name__
+
+
+def is_reparameterized(site: Any) -> bool:
+    """Tell whether a leaf's whole gradient flows through its value; a ``Rejector``'s does only in part."""
+    return site["fn"].has_rsample and not isinstance(_base(site["fn"]), dist.Rejector)
+
+
+def vectorized_plates(site: Any) -> dict[str, Any]:
+    """Return the vectorised plates of a site by name, without those that hold the particles."""
     return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in (PARTICLE_PLATE, LOCAL_PLATE)}
 
 
@@ -90,6 +110,11 @@ def is_flow(fn: Any) -> bool:
 def _factor(frame: Any) -> float:
     """N/B of a plate."""
     return 1.0 if frame.full_size is None or frame.full_size == frame.size else frame.full_size / frame.size
+
+
+def own_scale(site: Any) -> float:
+    """N/B of all plates around a site."""
+    return math.prod(_factor(frame) for frame in site["cond_indep_stack"])
 
 
 def _scored(trace: Any) -> dict[str, Any]:
@@ -168,7 +193,7 @@ def decide_layout(
         if plate not in frames or plate in outsiders:
             raise ValueError(_not_common(plate, frames, outsiders))
     kept = set(frames) - set(outsiders) if requested is None else set(requested)
-    constants = {key for key, site in sites.items() if kept - set(_plates(site))}
+    constants = {key for key, site in sites.items() if kept - set(vectorized_plates(site))}
     for key, site in sites.items():
         inner = [f for f in site["cond_indep_stack"] if _factor(f) != 1 and f.name not in kept]
         if inner and not linear and key not in constants:
@@ -203,7 +228,7 @@ def decide_local_layout(
     for plate in plates:
         if plate not in frames:
             raise ValueError(_not_common(plate, frames, {}))
-    inside = {key for key, site in sites.items() if set(plates) <= set(_plates(site))}
+    inside = {key for key, site in sites.items() if set(plates) <= set(vectorized_plates(site))}
     local = {name for name in leaves if ("guide", name) in inside}
     if not local:
         raise ValueError(
@@ -230,7 +255,7 @@ def _survey(traces: Traces, max_plate_nesting: int) -> tuple[dict, dict, tuple[s
     sites = {("guide", n): s for n, s in _scored(traces.guide).items()}
     sites |= {("model", n): s for n, s in _scored(traces.model).items()}
     _check_nesting(sites.values(), max_plate_nesting)
-    frames = {f.name: f for site in sites.values() for f in _plates(site).values()}
+    frames = {f.name: f for site in sites.values() for f in vectorized_plates(site).values()}
     return sites, frames, tuple(name for (origin, name), s in sites.items() if origin == "guide" and is_leaf(s))
 
 
@@ -243,10 +268,10 @@ def _outsiders(
     """Return the plates that are not common to all random sites, each with a site outside it."""
     outsiders: dict[str, str] = {}
     for name in leaves:
-        for plate in set(frames) - set(_plates(sites["guide", name])):
+        for plate in set(frames) - set(vectorized_plates(sites["guide", name])):
             outsiders.setdefault(plate, name)
     for key, site in sites.items():
-        missing = set(frames) - set(outsiders) - set(_plates(site))
+        missing = set(frames) - set(outsiders) - set(vectorized_plates(site))
         if missing and key in dependents():
             outsiders |= dict.fromkeys(missing, key[1])
     return outsiders
@@ -254,7 +279,7 @@ def _outsiders(
 
 def _check_nesting(sites: Iterable[Any], max_plate_nesting: int) -> None:
     for site in sites:
-        for f in _plates(site).values():
+        for f in vectorized_plates(site).values():
             if -f.dim > max_plate_nesting:
                 raise ValueError(
                     f"plate '{f.name}' at site '{site['name']}' takes dim {f.dim}, but this ELBO was first used with "
@@ -288,7 +313,7 @@ def _user_scale(site: Site) -> float | Tensor:
     """The scale that the user put on a site, without its plates' N/B."""
     scale = site.node["scale"]
     if site.node["cond_indep_stack"]:
-        scale = scale / math.prod(_factor(f) for f in site.node["cond_indep_stack"])
+        scale = scale / own_scale(site.node)
     if isinstance(scale, Tensor):
         return scale
     return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else float(scale)

@@ -9,7 +9,8 @@ import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 from pyro_elbo_ext import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, VRIWAE_ELBO, MeanField_ELBO
-from pyro_elbo_ext.testing import conformance, linear_vae_optimum, main
+from pyro_elbo_ext.testing import conformance, linear_vae_optimum
+from pyro_elbo_ext.testing.__main__ import main
 
 EXACT = {
     "pathwise": (partial(IWAE_ELBO, gradient="pathwise"), {"bound": "iwae"}),

@@ -20,11 +20,14 @@ from pyro_elbo_ext.gradients.pathwise import (
     StickingTheLanding,
     Weights,
     attached,
+    check_not_enumerated,
     check_reparameterized,
+    check_scored,
     replayed,
 )
+from pyro_elbo_ext.gradients.score import OVIS, VIMCO, Reinforce, Signal
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import is_flow
+from pyro_elbo_ext.plates import is_flow, is_reparameterized
 
 __all__ = [
     "CIWAE_ELBO",
@@ -37,13 +40,51 @@ __all__ = [
 ]
 
 ESTIMATORS: dict[str, Estimator] = {e.name: e for e in (Pathwise(), StickingTheLanding(), DoublyReparameterized())}
+SIGNALS: dict[str, Signal] = {s.name: s for s in (Reinforce(), VIMCO(), OVIS())}
+Gradient = str | Estimator | Signal | tuple[str | Estimator, str | Signal]
+
+
+class Choice(NamedTuple):
+    """The estimators for a guide: one for its reparameterised sites, a signal for the others, and why."""
+
+    estimator: Estimator
+    signal: Signal | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What ``gradient=`` calls the pair."""
+        return self.estimator.name if self.signal is None else f"{self.estimator.name}+{self.signal.name}"
+
+
+def parse_gradient(gradient: Gradient) -> tuple[Estimator | None, Signal | None]:
+    """Return the estimator and the signal that ``gradient=`` names; None for what it leaves to choose.
+
+    Raises:
+        ValueError: an unknown name, or two of a kind.
+    """
+    parts: Sequence[Any] = gradient.split("+") if isinstance(gradient, str) else (gradient,)
+    if isinstance(gradient, tuple):
+        parts = gradient
+    found = [ESTIMATORS.get(part, SIGNALS.get(part)) if isinstance(part, str) else part for part in parts]
+    if gradient == "auto":
+        return None, None
+    estimators = [part for part in found if isinstance(part, Estimator)]
+    signals = [part for part in found if isinstance(part, Signal)]
+    if len(estimators) > 1 or len(signals) > 1 or len(estimators) + len(signals) != len(found):
+        paths, scores = (", ".join(f'"{name}"' for name in names) for names in (ESTIMATORS, SIGNALS))
+        raise ValueError(
+            f'gradient must be one of "auto", {paths} (reparameterised sites), {scores} (others), one of each as in '
+            f'"dreg+vimco", or such objects; got {gradient!r}'
+        )
+    return estimators[0] if estimators else None, signals[0] if signals else None
 
 
 class Explanation(NamedTuple):
     """What an ELBO does with a model/guide pair.
 
     Attributes:
-        gradient: the estimator's name.
+        gradient: the estimator's name, and the signal's where the guide has sites that need one.
         reason: why ``gradient="auto"`` chose it, or that it was asked for.
         plates: plates over which the bound factorises; none means one joint weight.
         constants: sites that need no weight, for they depend on no random value.
@@ -66,8 +107,12 @@ class ImportanceWeighted_ELBO(ParticleELBO):
 
     Args:
         num_particles: K.
-        gradient: ``"pathwise"``, ``"stl"``, ``"dreg"``, an :class:`~pyro_elbo_ext.gradients.Estimator`, or ``"auto"``:
-            doubly reparameterised for two particles or more, the total derivative for one and for flow guides.
+        gradient: for reparameterised sites ``"pathwise"``, ``"stl"`` or ``"dreg"``; for the others ``"vimco"``,
+            ``"ovis"`` or ``"score"``; for a guide with both ``"dreg+vimco"`` and the like. What is not named is chosen,
+            and ``"auto"`` chooses everything: doubly reparameterised and VIMCO for two particles or more, the total
+            derivative and the plain score for one, the total derivative for flows. An
+            :class:`~pyro_elbo_ext.gradients.Estimator`, a :class:`~pyro_elbo_ext.gradients.Signal` or a pair of them
+            does as well.
         plates: as in :class:`~pyro_elbo_ext.elbo.base.ParticleELBO`, like all that follow.
         vectorize_particles: run all particles at once.
         max_plate_nesting: plate dimensions of the pair.
@@ -80,7 +125,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
     def __init__(
         self,
         num_particles: int = 8,
-        gradient: str | Estimator = "auto",
+        gradient: Gradient = "auto",
         plates: Sequence[str] | None = None,
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
@@ -88,13 +133,16 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         retain_graph: bool | None = None,
     ) -> None:
         super().__init__(num_particles, plates, vectorize_particles, max_plate_nesting, nonfinite, retain_graph)
-        if isinstance(gradient, str) and gradient != "auto" and gradient not in ESTIMATORS:
-            known = ", ".join(f'"{name}"' for name in ("auto", *ESTIMATORS))
-            raise ValueError(f"gradient must be one of {known} or an Estimator, got {gradient!r}")
+        self._estimator, self._signal = parse_gradient(gradient)
         if not hasattr(self, "bound"):
             raise TypeError(f"{type(self).__name__} must define bound(self, log_w), a function of log-weights")
         self.gradient = gradient
         self._bound.check_num_particles(num_particles)
+
+    @property
+    def _guide_bound(self) -> Bound:
+        """The bound that the guide's gradient follows."""
+        return self._bound
 
     @property
     def _bound(self) -> Bound:
@@ -109,25 +157,60 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         """True where the bound is over more than one particle."""
         return self.num_particles > 1
 
-    def _choose(self, draws: Sequence[Draw]) -> tuple[Estimator, str]:
-        if isinstance(self.gradient, Estimator):
-            return self.gradient, "asked for"
-        if self.gradient != "auto":
-            return ESTIMATORS[self.gradient], "asked for"
+    def _choose(self, draws: Sequence[Draw]) -> Choice:
+        nodes = {name: draws[0].traces.guide.nodes[name] for name in draws[0].leaves}
+        reparameterized = [name for name, node in nodes.items() if is_reparameterized(node)]
+        flow = next((name for name in reparameterized if is_flow(nodes[name]["fn"])), None)
+        signal = self._signal
+        if signal is None and self.gradient == "auto" and self._scores:
+            signal = SIGNALS["vimco" if self._several else "score"]
+        if len(reparameterized) == len(nodes):
+            signal = None
+        if self._estimator is not None:
+            return Choice(self._estimator, signal, "asked for")
         if not self._several:
-            return ESTIMATORS["pathwise"], "one particle: the total derivative, as pyro.infer.Trace_ELBO"
-        for name in draws[0].leaves:
-            if is_flow(draws[0].traces.guide.nodes[name]["fn"]):
-                return ESTIMATORS["pathwise"], f"'{name}' is a flow, whose inverse may be slow or missing"
-        return ESTIMATORS["dreg"], "reparameterised guide, several particles: unbiased with the least variance"
+            return Choice(ESTIMATORS["pathwise"], signal, "one particle: the total derivative, as Pyro's Trace_ELBO")
+        if flow is not None:
+            return Choice(ESTIMATORS["pathwise"], signal, f"'{flow}' is a flow, whose inverse may be slow or missing")
+        if nodes and not reparameterized:
+            return Choice(ESTIMATORS["pathwise"], signal, "no site is reparameterised: nothing but the score")
+        reason = "reparameterised sites, several particles: unbiased with the least variance"
+        return Choice(ESTIMATORS["dreg"], signal, reason)
+
+    @property
+    def _scores(self) -> bool:
+        """True where sites that are not reparameterised may be left to a signal."""
+        return True
+
+    def _check(self, draws: Sequence[Draw], choice: Choice) -> None:
+        """Refuse a guide that the choice would train wrongly or not at all."""
+        if choice.signal is None:
+            name = choice.estimator.name
+            way_out = f'gradient="{name}+vimco"' if self._several and self._scores else ""
+            check_reparameterized(draws, name, way_out)
+            return
+        check_not_enumerated(draws)
+        site = check_scored(draws)
+        choice.signal.check(self._guide_bound, self.num_particles, site)
+        mixed = any(is_reparameterized(draws[0].traces.guide.nodes[name]) for name in draws[0].leaves)
+        if mixed and isinstance(choice.estimator, StickingTheLanding) and not self._guide_bound.linear:
+            raise ValueError(
+                f'gradient="{choice.name}" has no proven rule for several particles of a guide with both kinds of '
+                f'sites; use "dreg+{choice.signal.name}" or "pathwise+{choice.signal.name}".'
+            )
 
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
-        estimator, _ = self._choose(draws)
-        check_reparameterized(draws, estimator.name)
-        bound = self._bound
+        choice = self._choose(draws)
+        self._check(draws, choice)
+        bound, estimator, signal = self._bound, choice.estimator, self._bind(choice.signal)
         if not estimator.replays or not draws[0].leaves or not torch.is_grad_enabled():
-            return attached(sampler, draws, bound)
-        return replayed(sampler, draws, bound, estimator, lambda log_w: estimator.weights(bound, log_w))
+            return attached(sampler, draws, bound, signal)
+        return replayed(sampler, draws, bound, estimator, lambda log_w: estimator.weights(bound, log_w), signal)
+
+    def _bind(self, signal: Signal | None) -> Callable[[Tensor], Tensor] | None:
+        """The signal of the guide's bound, as a function of log-weights."""
+        bound = self._guide_bound
+        return None if signal is None else lambda log_w: signal(bound, log_w)
 
     @torch.no_grad()
     def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Explanation:
@@ -135,9 +218,9 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         sampler = self._sampler(model, guide, args, kwargs)
         draws = sampler.draw()
         particles = sampler.evaluate(draws)
-        estimator, reason = self._choose(draws)
+        choice = self._choose(draws)
         constants = tuple(name for _, name in sorted(particles.layout.constants))
-        return Explanation(estimator.name, reason, particles.layout.plates, constants, bool(particles.annealed))
+        return Explanation(choice.name, choice.reason, particles.layout.plates, constants, bool(particles.annealed))
 
 
 class IWAE_ELBO(ImportanceWeighted_ELBO):
@@ -173,7 +256,7 @@ class IWAE_ELBO(ImportanceWeighted_ELBO):
     def __init__(
         self,
         num_particles: int = 8,
-        gradient: str | Estimator = "auto",
+        gradient: Gradient = "auto",
         plates: Sequence[str] | None = None,
         local_particles: int = 1,
         global_bound: str = "elbo",
@@ -190,7 +273,12 @@ class IWAE_ELBO(ImportanceWeighted_ELBO):
             raise ValueError("local_particles > 1 needs plates=(...,): the plates inside which the log is taken")
         if local_particles == 1 and global_bound != "elbo":
             raise ValueError("global_bound needs local_particles > 1; num_particles alone is IWAE over all latents")
-        if global_bound == "iwae" and getattr(gradient, "name", gradient) == "dreg":
+        if local_particles > 1 and self._signal is not None:
+            raise ValueError(
+                f'gradient="{self._signal.name}" has no proven rule for local_particles > 1; leave it at 1, or use '
+                "ScoreFunction_ELBO."
+            )
+        if global_bound == "iwae" and isinstance(self._estimator, DoublyReparameterized):
             raise ValueError("gradient='dreg' has no proven weights for global_bound='iwae'; use 'pathwise' or 'stl'")
 
     @property
@@ -212,16 +300,22 @@ class IWAE_ELBO(ImportanceWeighted_ELBO):
     def _several(self) -> bool:
         return self.num_particles * self.local_particles > 1
 
-    def _choose(self, draws: Sequence[Draw]) -> tuple[Estimator, str]:
+    @property
+    def _scores(self) -> bool:
+        return self.local_particles == 1
+
+    def _choose(self, draws: Sequence[Draw]) -> Choice:
         if self.local_particles > 1 and self.gradient == "auto" and not self.global_bound.linear:
-            return ESTIMATORS["pathwise"], "a log over the global particles too: no doubly reparameterised weights"
+            reason = "a log over the global particles too: no doubly reparameterised weights"
+            return Choice(ESTIMATORS["pathwise"], None, reason)
         return super()._choose(draws)
 
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
         if not isinstance(sampler, LocalSampler):
             return super()._estimate(sampler, draws)
-        estimator, _ = self._choose(draws)
-        check_reparameterized(draws, estimator.name)
+        choice = self._choose(draws)
+        self._check(draws, choice)
+        estimator = choice.estimator
         if not estimator.replays or not torch.is_grad_enabled():
             return local_attached(sampler, draws, self.bound, self.global_bound)
         return local_replayed(sampler, draws, self.bound, self.global_bound, estimator)
@@ -305,13 +399,18 @@ class PIWAE_ELBO(ImportanceWeighted_ELBO):
     bound = IWAE()
 
     def __init__(self, num_particles: int = 8, num_groups: int = 2, **kwargs: Any) -> None:
-        self._guide_bound = MIWAE(num_groups)
-        self._guide_bound.check_num_particles(num_particles)
+        self._grouped = MIWAE(num_groups)
+        self._grouped.check_num_particles(num_particles)
         super().__init__(num_particles, **kwargs)
 
+    @property
+    def _guide_bound(self) -> Bound:
+        return self._grouped
+
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
-        estimator, _ = self._choose(draws)
-        check_reparameterized(draws, estimator.name)
+        choice = self._choose(draws)
+        self._check(draws, choice)
+        estimator = choice.estimator
         if not draws[0].leaves or not torch.is_grad_enabled():
             return attached(sampler, draws, self._bound)
 
@@ -320,4 +419,4 @@ class PIWAE_ELBO(ImportanceWeighted_ELBO):
             guide = estimator.weights(self._guide_bound, log_w)
             return Weights(model.model, guide.path, guide.score, guide.model)
 
-        return replayed(sampler, draws, self._bound, estimator, weights)
+        return replayed(sampler, draws, self._bound, estimator, weights, self._bind(choice.signal))

@@ -35,7 +35,7 @@ from pyro_elbo_ext.gradients.pathwise import (
     with_leaf_scale,
 )
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler, make_draw
-from pyro_elbo_ext.plates import Layout, Site, common_scale, decide_local_layout, site_scales
+from pyro_elbo_ext.plates import Layout, Site, decide_local_layout, site_scales
 from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces, run_guide
 
 __all__ = ["LocalParticles", "LocalSampler", "local_attached", "local_replayed"]
@@ -125,7 +125,7 @@ class LocalSampler(ParticleSampler):
     def _weigh(self, layout: Layout, runs: list[list[Site]]) -> LocalParticles:
         local = [[site for site in sites if self._is_inside(site.node)] for sites in runs]
         inside, outside, annealed = site_scales(sum(local, []), layout, self.max_plate_nesting)
-        leaf_scale = common_scale([s for s, site in zip(inside, sum(local, []), strict=True) if site.is_leaf])
+        leaf_scales = {site.name: s for s, site in zip(inside, sum(local, []), strict=True) if site.is_leaf}
         scales = iter(inside)
         joint, guide = self._stacked([self._split(sites, scales, layout) for sites in local], layout)
         if self._dropped is not None:
@@ -142,7 +142,7 @@ class LocalSampler(ParticleSampler):
             for part in (0, 1)
         )
         return LocalParticles(
-            joint, guide, outside, 0.0, annealed, leaf_scale, layout, runs, global_joint, global_guide
+            joint, guide, outside, 0.0, annealed, leaf_scales, layout, runs, global_joint, global_guide
         )
 
     def _stacked(self, pairs: list[tuple[Tensor, Tensor]], layout: Layout) -> tuple[Tensor, Tensor]:

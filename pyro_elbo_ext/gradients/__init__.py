@@ -1,5 +1,15 @@
 """How the gradient of a bound is estimated."""
 
 from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimator, Pathwise, StickingTheLanding
+from pyro_elbo_ext.gradients.score import OVIS, VIMCO, Reinforce, Signal
 
-__all__ = ["DoublyReparameterized", "Estimator", "Pathwise", "StickingTheLanding"]
+__all__ = [
+    "OVIS",
+    "VIMCO",
+    "DoublyReparameterized",
+    "Estimator",
+    "Pathwise",
+    "Reinforce",
+    "Signal",
+    "StickingTheLanding",
+]

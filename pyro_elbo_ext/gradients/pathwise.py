@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
+from pyro_elbo_ext.plates import base_name, is_reparameterized
 
 __all__ = [
     "DoublyReparameterized",
@@ -45,7 +45,9 @@ __all__ = [
     "StickingTheLanding",
     "Weights",
     "attached",
+    "check_not_enumerated",
     "check_repeatable",
+    "check_scored",
     "finite",
     "with_leaf_scale",
     "check_reparameterized",
@@ -145,11 +147,39 @@ class DoublyReparameterized(Estimator):
         return Weights(bound.path_weights(log_w), bound.doubly_reparameterized_weights(log_w), None)
 
 
-def attached(sampler: ParticleSampler, draws: Sequence[Draw], bound: Callable[[Tensor], Tensor]) -> Estimate:
-    """Return the bound with its total derivative."""
+def attached(
+    sampler: ParticleSampler,
+    draws: Sequence[Draw],
+    bound: Callable[[Tensor], Tensor],
+    signal: Callable[[Tensor], Tensor] | None = None,
+) -> Estimate:
+    """Return the bound with its total derivative, and the score of sites that are not reparameterised.
+
+    Args:
+        sampler: the step's sampler.
+        draws: its draws.
+        bound: gives the value, ``[*plates]``.
+        signal: gives what multiplies a particle's score, at detached log-weights; None without such sites.
+    """
     particles = sampler.evaluate(draws)
     objective = (bound(particles.log_weight) * particles.scale).sum() + particles.constant
+    if signal is not None and torch.is_grad_enabled():
+        surrogate = scored(sampler, draws, particles, signal)
+        if getattr(bound, "linear", False):  # v is constant, so the score in log_weight is noise of mean zero
+            share = 1 / particles.log_weight.shape[0]
+            surrogate = surrogate + (share * particles.scale * sampler.log_scores(draws, particles)[1]).sum()
+        objective = objective + (surrogate - surrogate.detach())
     return Estimate(objective, particles)
+
+
+def scored(
+    sampler: ParticleSampler, draws: Sequence[Draw], particles: Particles, signal: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return a surrogate whose gradient is that of log q at sites not reparameterised, times the signal."""
+    with torch.no_grad():
+        coefficient = signal(particles.log_weight) * particles.scale
+        coefficient = coefficient if sampler.invalid is None else coefficient.masked_fill(sampler.invalid, 0.0)
+    return (coefficient * sampler.log_scores(draws, particles)[0]).sum()
 
 
 def replayed(
@@ -158,8 +188,13 @@ def replayed(
     bound: Callable[[Tensor], Tensor],
     estimator: Estimator,
     weights: Callable[[Tensor], Weights],
+    signal: Callable[[Tensor], Tensor] | None = None,
 ) -> Estimate:
-    """Return the bound with the gradient that ``weights`` asks for.
+    r"""Return the bound with the gradient that ``weights`` asks for.
+
+    At sites d that are not reparameterised the coefficient of :math:`\nabla \log q(d_k | c_k)`, its parents attached,
+    is :math:`S_k - v_k`; its last part stands in ``weights.score`` where that is given, and has mean zero for a linear
+    bound.
 
     Args:
         sampler: the step's sampler.
@@ -167,29 +202,41 @@ def replayed(
         bound: gives the value, ``[*plates]``.
         estimator: whose weights they are.
         weights: gives the weights at detached log-weights.
+        signal: gives what multiplies a particle's score, at detached log-weights; None without such sites.
     """
     with torch.enable_grad():
-        leaves = [{name: z.detach().requires_grad_() for name, z in draw.leaves.items()} for draw in draws]
+        leaves = [{name: _copy(draw, name) for name in draw.leaves} for draw in draws]
         particles = sampler.evaluate(draws, leaves)
         log_w = particles.log_weight
     if sampler.structure_is_new and is_validation_enabled():
         check_repeatable(draws, particles)
     weight = with_leaf_scale(weights(log_w.detach()), estimator, particles)
-    drawn = [z for draw in draws for z in draw.leaves.values()]
-    copies = [z for values in leaves for z in values.values()]
+    pairs = [(z, leaves[i][name]) for i, draw in enumerate(draws) for name, z in draw.leaves.items()]
+    drawn, copies = [z for z, copy in pairs if copy.requires_grad], [copy for _, copy in pairs if copy.requires_grad]
     slopes: Sequence[Tensor | None] = [None] * len(copies)
-    if log_w.requires_grad:
+    if log_w.requires_grad and copies:
         cotangent = (weight.path * particles.scale).expand_as(log_w)
         slopes = torch.autograd.grad(log_w, copies, cotangent, retain_graph=True, allow_unused=True)
     surrogate = (weight.model * particles.scale * finite(particles.log_joint)).sum() + particles.constant
     if weight.score is not None:
         surrogate = surrogate + (weight.score * particles.scale * particles.log_guide).sum()
+    if signal is not None:
+        surrogate = surrogate + scored(sampler, draws, particles, signal)
+        if weight.score is None and not getattr(bound, "linear", False):
+            v = weight.model if weight.path_weights is None else weight.path_weights
+            surrogate = surrogate - (v * particles.scale * sampler.log_scores(draws, particles)[1]).sum()
     for z, slope in zip(drawn, slopes, strict=True):
         if slope is not None:
             surrogate = surrogate + (slope * z).sum()
     value = (bound(log_w.detach()) * particles.scale).sum() + particles.constant
     value = value.detach()
     return Estimate(value + (surrogate - surrogate.detach()), particles)
+
+
+def _copy(draw: Draw, name: str) -> Tensor:
+    """A leaf's value, detached; to be differentiated by where the site is reparameterised."""
+    copy = draw.leaves[name].detach()
+    return copy.requires_grad_() if is_reparameterized(draw.traces.guide.nodes[name]) else copy
 
 
 def with_leaf_scale(weights: Weights, estimator: Estimator, particles: Particles) -> Weights:
@@ -237,27 +284,52 @@ def check_repeatable(draws: Sequence[Draw], particles: Particles) -> None:
                     )
 
 
-def check_reparameterized(draws: Sequence[Draw], estimator: str) -> None:
+def check_reparameterized(draws: Sequence[Draw], estimator: str, way_out: str = "") -> None:
     """Refuse a guide that a path estimator would silently not train.
+
+    Args:
+        draws: the step's draws.
+        estimator: its name.
+        way_out: what works with a site that is not reparameterised.
 
     Raises:
         ValueError: a leaf that is not reparameterised, or only in part, or enumerated; the site is named.
     """
+    check_not_enumerated(draws)
     for draw in draws:
         for name in draw.leaves:
             node = draw.traces.guide.nodes[name]
-            if node["infer"].get("enumerate"):
+            if not is_reparameterized(node):
+                raise ValueError(
+                    f"guide site '{name}' is a {base_name(node['fn'])}, which is not reparameterised: the "
+                    f"{estimator} gradient would leave its parameters where they are. Use a reparameterised "
+                    f"distribution at the site, or {way_out or 'ScoreFunction_ELBO, whose gradient works with any'}."
+                )
+
+
+def check_scored(draws: Sequence[Draw]) -> str:
+    """Refuse a site whose gradient is part score, part path; the site is named. Returns one that is all score."""
+    found = ""
+    for draw in draws:
+        for name in draw.leaves:
+            fn = draw.traces.guide.nodes[name]["fn"]
+            if is_reparameterized(draw.traces.guide.nodes[name]):
+                continue
+            if fn.has_rsample:
+                raise ValueError(
+                    f"guide site '{name}' is a {base_name(fn)}, whose gradient is part score, part path, for which "
+                    "importance-weighted bounds have no rule. Use ScoreFunction_ELBO, which takes it for all score."
+                )
+            found = found or name
+    return found
+
+
+def check_not_enumerated(draws: Sequence[Draw]) -> None:
+    """Refuse a guide site that asks to be summed out; the site is named."""
+    for draw in draws:
+        for name in draw.leaves:
+            if draw.traces.guide.nodes[name]["infer"].get("enumerate"):
                 raise ValueError(
                     f"guide site '{name}' asks for enumeration, which importance-weighted bounds do not do: remove "
-                    "infer={'enumerate': ...}, or use pyro.infer.TraceEnum_ELBO()."
-                )
-            base = fn = node["fn"]
-            while hasattr(base, "base_dist") and not isinstance(base, dist.Rejector):
-                base = base.base_dist
-            if not fn.has_rsample or isinstance(base, dist.Rejector):
-                raise ValueError(
-                    f"guide site '{name}' is a {type(base).__name__}, which is not reparameterised: the "
-                    f"{estimator} gradient would leave its parameters where they are. Use a reparameterised "
-                    "distribution at the site, or pyro.infer.TraceGraph_ELBO(), whose score-function estimator works "
-                    "with it."
+                    "infer={'enumerate': ...}, or use ScoreFunction_ELBO, which sums it out of the ELBO."
                 )

@@ -17,7 +17,7 @@ from pyro_elbo_ext import (
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
 )
-from pyro_elbo_ext.gradients import Estimator
+from pyro_elbo_ext.gradients import OVIS, VIMCO, Estimator
 from tests.cases import global_guide, global_model, local_guide, local_model
 
 
@@ -84,12 +84,31 @@ def drawn_indices_guide():
         pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
 
 
-DISCRETE = "'z' is a Bernoulli, which is not reparameterised.*TraceGraph_ELBO"
+DISCRETE = "'z' is a Bernoulli, which is not reparameterised.*"
 BAD_PAIRS = {
-    "discrete site, pathwise": (IWAE_ELBO(2, "pathwise"), bernoulli_model, bernoulli_guide, DISCRETE),
-    "discrete site, dreg": (IWAE_ELBO(2, "dreg"), bernoulli_model, bernoulli_guide, DISCRETE),
-    "discrete site, auto": (IWAE_ELBO(2), bernoulli_model, bernoulli_guide, DISCRETE),
-    "discrete site, mean field": (MeanField_ELBO(), bernoulli_model, bernoulli_guide, "'z' is a Bernoulli"),
+    "discrete site, pathwise": (
+        IWAE_ELBO(2, "pathwise"), bernoulli_model, bernoulli_guide, DISCRETE + 'gradient="pathwise.vimco"',
+    ),
+    "discrete site, dreg": (IWAE_ELBO(2, "dreg"), bernoulli_model, bernoulli_guide, DISCRETE + 'gradient="dreg.vimco"'),
+    "discrete site, one particle": (
+        IWAE_ELBO(1, "pathwise"), bernoulli_model, bernoulli_guide, DISCRETE + "ScoreFunction_ELBO",
+    ),
+    "discrete site, local particles": (
+        IWAE_ELBO(1, plates=("data",), local_particles=2), bernoulli_model, bernoulli_guide,
+        DISCRETE + "ScoreFunction_ELBO",
+    ),
+    "vimco with one particle": (
+        IWAE_ELBO(1, "vimco"), bernoulli_model, bernoulli_guide, "'z' is not repar.*num_particles >= 2, got 1.*\"score\"",
+    ),
+    "ovis with one particle": (
+        IWAE_ELBO(1, "dreg+ovis"), bernoulli_model, bernoulli_guide, "'z' is not repar.*num_particles >= 2, got 1",
+    ),
+    "ovis of an ELBO": (
+        CIWAE_ELBO(0.3, 4, gradient="ovis"), bernoulli_model, bernoulli_guide, "site 'z'.*makes this bound -inf",
+    ),
+    "discrete site, mean field": (
+        MeanField_ELBO(), bernoulli_model, bernoulli_guide, DISCRETE + "ScoreFunction_ELBO",
+    ),
     "model site not in guide": (IWAE_ELBO(2), extra_latent_model, normal_guide, "model site 'w' is not in the guide"),
     "guide site not in model": (IWAE_ELBO(2), normal_model, extra_latent_guide, "guide site 'w' is not a latent"),
     "observed guide site": (IWAE_ELBO(2), normal_model, observed_guide, "guide site 'y' is observed"),
@@ -152,6 +171,14 @@ BAD_ARGUMENTS = {
         lambda: IWAE_ELBO(2, "dreg", plates=("d",), local_particles=2, global_bound="iwae"),
         "no proven weights",
     ),
+    "two signals": (lambda: IWAE_ELBO(2, "vimco+ovis"), "gradient must be one of"),
+    "no estimator": (lambda: IWAE_ELBO(2, 3.0), "gradient must be one of"),
+    "a signal with local particles": (
+        lambda: IWAE_ELBO(2, "vimco", plates=("d",), local_particles=2),
+        "no proven rule for local_particles",
+    ),
+    "gamma": (lambda: OVIS(1.5), "gamma must lie in"),
+    "fill": (lambda: VIMCO("harmonic"), "fill must be"),
     "alpha": (lambda: VRIWAE_ELBO(2.0), "alpha must lie in"),
     "beta": (lambda: CIWAE_ELBO(-1.0), "beta must lie in"),
     "groups": (lambda: MIWAE_ELBO(8, num_groups=3), "multiple of num_groups"),

@@ -1,0 +1,63 @@
+r"""A conformance suite for losses of ``pyro.infer.SVI``: exact answers any ELBO class can be held to.
+
+:func:`conformance` runs a loss through problems whose evidence, bounds and gradients are known to many digits, and
+returns a list of :class:`Check`. Every statement is a z-test at a fixed seed over many replicates, which one vectorised
+run holds in a plate of their own.
+
+>>> from pyro_elbo_ext import IWAE_ELBO
+>>> all(check.passed for check in conformance(IWAE_ELBO, bound="iwae", size=0.05))
+True
+
+From a shell, ``python -m pyro_elbo_ext.testing module:ClassName`` prints the table for a class that takes
+``num_particles``, and exits with 0 only if nothing failed.
+
+The golden values are those of z ~ N(0, 1), x ~ N(z, 1), x = 1.5 and q = N(0.2, 0.9^2), by 80-node Gauss-Hermite
+quadrature. The slopes are those of Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018,
+arXiv:1802.04537) and Doubly Reparameterized Gradient Estimators (Tucker et al., 2018, arXiv:1810.04152); the gap
+constant is Theorem 3 of Importance Weighting and Variational Inference (Domke, Sheldon, 2018, arXiv:1808.09034); the
+linear VAE's optimum is that of Don't Blame the ELBO! (Lucas et al., 2019, arXiv:1911.02469).
+"""
+
+from pyro_elbo_ext.testing.checks import Check, conformance
+from pyro_elbo_ext.testing.measure import enumerated_gradient, sample_gradients, spread_slope, z_score
+from pyro_elbo_ext.testing.problems import (
+    GAP_CONSTANT,
+    GOLDEN_GRADIENT,
+    GOLDEN_HIERARCHY,
+    GOLDEN_IWAE,
+    GOLDEN_SCALE_GRADIENT,
+    LOG_EVIDENCE,
+    Problem,
+    belief_network,
+    bernoulli_toy,
+    conjugate_normal,
+    hierarchical_guide,
+    linear_vae_optimum,
+    many_bits,
+    many_normals,
+    rebar_toy,
+)
+
+__all__ = [
+    "Check",
+    "GAP_CONSTANT",
+    "GOLDEN_GRADIENT",
+    "GOLDEN_HIERARCHY",
+    "GOLDEN_IWAE",
+    "GOLDEN_SCALE_GRADIENT",
+    "LOG_EVIDENCE",
+    "Problem",
+    "belief_network",
+    "bernoulli_toy",
+    "conformance",
+    "conjugate_normal",
+    "enumerated_gradient",
+    "hierarchical_guide",
+    "linear_vae_optimum",
+    "many_bits",
+    "many_normals",
+    "rebar_toy",
+    "sample_gradients",
+    "spread_slope",
+    "z_score",
+]
