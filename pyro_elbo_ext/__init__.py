@@ -8,6 +8,8 @@ from pyro_elbo_ext.elbo import (
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
+    ReweightedWakeSleep_ELBO,
+    ScoreFunction_ELBO,
 )
 
 __version__ = "0.1.0"
@@ -18,6 +20,8 @@ __all__ = [
     "MIWAE_ELBO",
     "MeanField_ELBO",
     "PIWAE_ELBO",
+    "ReweightedWakeSleep_ELBO",
+    "ScoreFunction_ELBO",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
 ]

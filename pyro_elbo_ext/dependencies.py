@@ -7,7 +7,7 @@ dependency missed would let a term be taken for a constant; one too many costs a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,7 +20,9 @@ from torch import Tensor
 from pyro_elbo_ext.plates import is_leaf
 from pyro_elbo_ext.tracing import forked_rng, run_guide, run_model, run_pair
 
-__all__ = ["Dependencies", "dependencies"]
+__all__ = ["Dependencies", "Key", "dependencies", "reach"]
+
+Key = tuple[str, str]  # origin ("guide" or "model") and name of a site
 
 
 class _TagLeaves(Messenger):
@@ -37,10 +39,46 @@ class Dependencies(NamedTuple):
     Attributes:
         parents: leaves that the site's distribution, mask or scale is computed from.
         log_prob: the same, and those that its value is computed from.
+        differentiable: those that its log-density has a derivative in.
     """
 
-    parents: dict[tuple[str, str], frozenset[str]]
-    log_prob: dict[tuple[str, str], frozenset[str]]
+    parents: dict[Key, frozenset[str]]
+    log_prob: dict[Key, frozenset[str]]
+    differentiable: dict[Key, frozenset[str]]
+
+
+def reach(leaf: str, found: Dependencies, plates: Mapping[Key, frozenset[str]]) -> dict[Key, frozenset[str]]:
+    """Return the sites whose log-density a leaf's value acts on, directly or through other leaves of the guide.
+
+    Inside a plate that holds the leaf an element acts on its own elements of the sites downstream, unless it acts
+    through a leaf outside that plate, and so on all of them.
+
+    Args:
+        leaf: name of a random guide site.
+        found: direct dependencies.
+        plates: names of the plates around each site.
+
+    Returns:
+        By site, the plates around the leaf that its action crosses.
+    """
+
+    def descendants(names: frozenset[str]) -> frozenset[str]:
+        while True:
+            more = {n for (origin, n), up in found.parents.items() if origin == "guide" and up & names} - names
+            if not more:
+                return names
+            names = names | more
+
+    acting = descendants(frozenset({leaf}))
+    crossed = {
+        plate: descendants(frozenset(name for name in acting if plate not in plates["guide", name]))
+        for plate in plates["guide", leaf]
+    }
+    return {
+        key: frozenset(plate for plate, names in crossed.items() if up & names)
+        for key, up in found.log_prob.items()
+        if up & acting
+    }
 
 
 def dependencies(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Dependencies:
@@ -49,7 +87,8 @@ def dependencies(model: Callable, guide: Callable, args: tuple, kwargs: dict) ->
         with _TagLeaves():
             traces = run_guide(guide, args, kwargs, {})
         traces = run_model(model, args, kwargs, traces, {})
-    parents, log_prob = {}, {}
+    parents: dict[Key, frozenset[str]] = {}
+    log_prob: dict[Key, frozenset[str]] = {}
     for origin, trace in (("guide", traces.guide), ("model", traces.model)):
         for name, site in trace.nodes.items():
             if site["type"] != "sample" or site_is_subsample(site):
@@ -58,27 +97,30 @@ def dependencies(model: Callable, guide: Callable, args: tuple, kwargs: dict) ->
             plain = detach_provenance(site["value"])
             parents[origin, name] = outside | get_provenance(site["fn"].log_prob(plain))
             log_prob[origin, name] = parents[origin, name] | get_provenance(site["value"])
-    _add_differentiable(model, guide, args, kwargs, parents, log_prob)
-    return Dependencies(parents, log_prob)
+    slopes = _add_differentiable(model, guide, args, kwargs, parents, log_prob)
+    return Dependencies(parents, log_prob, slopes)
 
 
 def _add_differentiable(
     model: Callable, guide: Callable, args: tuple, kwargs: dict, parents: dict, log_prob: dict
-) -> None:
-    """Add the leaves that a site's log-density has a derivative in."""
+) -> dict[Key, frozenset[str]]:
+    """Add the leaves that a site's log-density has a derivative in, and return them by site."""
+    slopes: dict[Key, frozenset[str]] = {key: frozenset() for key in log_prob}
     with forked_rng(), pyro.validation_enabled(False), pyro.poutine.block(), torch.enable_grad():
         drawn = run_guide(guide, args, kwargs, {})
         values = {name: site["value"].detach() for name, site in drawn.guide.nodes.items() if is_leaf(site)}
         copies = {name: z.requires_grad_() for name, z in values.items() if z.is_floating_point()}
         if not copies:
-            return
+            return slopes
         traces = run_pair(model, guide, args, kwargs, {**drawn.indices, **values})
         for origin, trace in (("guide", traces.guide), ("model", traces.model)):
             for name, site in trace.nodes.items():
                 if (origin, name) in parents:
                     plain = site["value"].detach()
                     parents[origin, name] |= _differentiable(site, plain, copies)
-                    log_prob[origin, name] |= _differentiable(site, site["value"], copies)
+                    slopes[origin, name] = _differentiable(site, site["value"], copies)
+                    log_prob[origin, name] |= slopes[origin, name]
+    return slopes
 
 
 def _differentiable(site: Any, value: Tensor, copies: dict[str, Tensor]) -> frozenset[str]:

@@ -12,7 +12,8 @@ Everything an importance-weighted or score-function objective needs is one tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -113,6 +115,7 @@ class ParticleSampler:
         layouts: cache of decided layouts, by structure.
 
     Attributes:
+        structure: what the last scored run's layout depends on, for caches of what else depends on it.
         structure_is_new: True once this step met a structure that the cache did not hold.
     """
 
@@ -126,6 +129,7 @@ class ParticleSampler:
     plates: Sequence[str] | None = None
     linear: bool = False
     layouts: dict[Any, Layout] = field(default_factory=dict)
+    structure: Any = field(default=None, init=False)
     structure_is_new: bool = field(default=False, init=False)
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _example: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)  # for dtype and device
@@ -137,22 +141,31 @@ class ParticleSampler:
         """Dimensions that vectorised particles take, left of the plates."""
         return int(self.vectorize and self.num_particles > 1)
 
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """Rows of the step's minibatch, by subsampled plate."""
+        return self._indices
+
     def _wrapped(self, fn: Callable) -> Callable:
         if self.num_particles == 1 or not self.vectorize:
             return fn
         return pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-self.max_plate_nesting - 1)(fn)
 
-    def draw(self) -> list[Draw]:
-        """Run the guide and return its draws: one of K particles, or K of one."""
-        draws = []
-        for _ in range(1 if self.vectorize else self.num_particles):
-            traces = run_guide(self._wrapped(self.guide), self.args, self.kwargs, self._indices)
-            self._indices = {**traces.indices, **self._indices}
-            draws.append(make_draw(traces))
-        return draws
+    def draw(self, *handlers: Messenger) -> list[Draw]:
+        """Run the guide, under some handlers, and return its draws: one of K particles, or K of one."""
+        return [self.draw_given({}, *handlers) for _ in range(1 if self.vectorize else self.num_particles)]
+
+    def draw_given(self, values: Mapping[str, Tensor], *handlers: Messenger) -> Draw:
+        """Run the guide once, with the values of some of its sites given."""
+        with ExitStack() as stack:
+            for handler in handlers:
+                stack.enter_context(handler)
+            traces = run_guide(self._wrapped(self.guide), self.args, self.kwargs, {**self._indices, **values})
+        self._indices = {**traces.indices, **self._indices}
+        return make_draw(traces)
 
     def evaluate(self, draws: Sequence[Draw], leaves: Sequence[dict[str, Tensor]] | None = None) -> Particles:
-        """Score guide and model.
+        """Score guide and model, and add up the log-weights.
 
         Args:
             draws: from :meth:`draw`.
@@ -161,6 +174,12 @@ class ParticleSampler:
         Raises:
             ValueError: the pair does not match, or a plate's scale would stand inside the log; site or plate is named.
         """
+        return self._weigh(*self.score(draws, leaves))
+
+    def score(
+        self, draws: Sequence[Draw], leaves: Sequence[dict[str, Tensor]] | None = None
+    ) -> tuple[Layout, list[list[Site]]]:
+        """Score guide and model as :meth:`evaluate` does, and return the layout and every run's sites."""
         layouts, runs = [], []
         for i, draw in enumerate(draws):
             scored = None
@@ -179,7 +198,7 @@ class ParticleSampler:
                 "particles of one step differ in their plates: the model's structure changes with its random values. "
                 "One bound over them has no common shape; use num_particles=1, or pyro.infer.Trace_ELBO."
             )
-        return self._weigh(layouts[0], runs)
+        return layouts[0], runs
 
     def _traces_at(self, leaves: dict[str, Tensor]) -> Traces:
         model, guide = self._wrapped(self.model), self._wrapped(self.guide)
@@ -192,7 +211,7 @@ class ParticleSampler:
             for name, site in trace.nodes.items()
             if site["type"] == "sample"
         )
-        key = (self.model, self.guide, sites)
+        key = self.structure = (self.model, self.guide, sites)
         layout = self.layouts.get(key)
         if layout is None:
             check_pair(traces)

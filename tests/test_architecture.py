@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "pyro_elbo_ext"
 FLOORS = [
     {"bounds", "tracing"},
     {"plates"},
-    {"dependencies"},
+    {"dependencies", "handlers"},
     {"particles"},
     {"gradients"},
     {"elbo"},

@@ -9,6 +9,8 @@ from pyro_elbo_ext.elbo.importance import (
     ImportanceWeighted_ELBO,
 )
 from pyro_elbo_ext.elbo.mean_field import MeanField_ELBO
+from pyro_elbo_ext.elbo.score_function import ScoreFunction_ELBO
+from pyro_elbo_ext.elbo.wake_sleep import ReweightedWakeSleep_ELBO
 
 __all__ = [
     "CIWAE_ELBO",
@@ -16,6 +18,8 @@ __all__ = [
     "MIWAE_ELBO",
     "MeanField_ELBO",
     "PIWAE_ELBO",
+    "ReweightedWakeSleep_ELBO",
+    "ScoreFunction_ELBO",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
 ]

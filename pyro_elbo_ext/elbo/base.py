@@ -76,6 +76,10 @@ class ParticleELBO(ELBO):
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
         """Return the objective at some draws, its gradient attached where gradients are enabled."""
 
+    def _draw(self, sampler: ParticleSampler) -> list[Draw]:
+        """Return the step's draws."""
+        return sampler.draw()
+
     def _make_sampler(self, *args: Any, **kwargs: Any) -> ParticleSampler:
         return ParticleSampler(*args, **kwargs)
 
@@ -122,7 +126,7 @@ class ParticleELBO(ELBO):
     ) -> tuple[ParticleSampler, list, Estimate]:
         sampler = self._sampler(model, guide, args, kwargs)
         try:
-            draws = sampler.draw()
+            draws = self._draw(sampler)
             return sampler, draws, self._estimate(sampler, draws)
         except (ValueError, RuntimeError) as error:
             with forked_rng():

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
@@ -34,9 +35,9 @@ from pyro_elbo_ext.gradients.pathwise import (
     finite,
     with_leaf_scale,
 )
-from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler, make_draw
+from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.plates import Layout, Site, decide_local_layout, site_scales
-from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces, run_guide
+from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces
 
 __all__ = ["LocalParticles", "LocalSampler", "local_attached", "local_replayed"]
 
@@ -89,18 +90,17 @@ class LocalSampler(ParticleSampler):
         local = _LocalPlate(self.local_particles, -self.max_plate_nesting - 2, self.plates or ())
         return local(super()._wrapped(fn))
 
-    def draw(self) -> list[Draw]:
+    def draw(self, *handlers: Messenger) -> list[Draw]:
         """Run the guide once for all particles, or for each: K runs of M each, which share their global leaves."""
         if self.vectorize:
-            return super().draw()
+            return super().draw(*handlers)
         draws = []
         for _ in range(self.num_particles):
             shared: dict[str, Tensor] = {}
             for _ in range(self.local_particles):
-                traces = run_guide(self.guide, self.args, self.kwargs, {**self._indices, **shared})
-                self._indices = {**traces.indices, **self._indices}
-                draw = make_draw(traces)
-                shared = {name: z for name, z in draw.leaves.items() if not self._is_inside(traces.guide.nodes[name])}
+                draw = self.draw_given(shared, *handlers)
+                nodes = draw.traces.guide.nodes
+                shared = {name: z for name, z in draw.leaves.items() if not self._is_inside(nodes[name])}
                 draws.append(draw)
         return draws
 

@@ -58,8 +58,8 @@ class Signal:
         if num_particles < self.min_particles:
             raise ValueError(
                 f"guide site '{site}' is not reparameterised, and gradient=\"{self.name}\" compares each of its "
-                f"particles with the others: it needs num_particles >= {self.min_particles}, got {num_particles}. Raise "
-                'num_particles, or use gradient="score".'
+                f"particles with the others: it needs num_particles >= {self.min_particles}, got {num_particles}. "
+                'Raise num_particles, or use gradient="score".'
             )
 
     def __repr__(self) -> str:
@@ -148,8 +148,8 @@ class OVIS(Signal):
         log_w[0] = -math.inf
         if not math.isfinite(float(bound(log_w))):
             raise ValueError(
-                f"gradient=\"ovis\" at site '{site}' gives each particle weight zero in turn, which makes this bound -inf. "
-                'Use "vimco".'
+                f"gradient=\"ovis\" at site '{site}' gives each particle weight zero in turn, which makes this bound "
+                '-inf. Use "vimco".'
             )
 
     def __repr__(self) -> str:

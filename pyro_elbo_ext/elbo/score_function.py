@@ -1,0 +1,167 @@
+"""The ELBO for guides with sites that are not reparameterised: discrete, mixed, or without a path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_elbo_ext.dependencies import dependencies
+from pyro_elbo_ext.elbo.base import ParticleELBO
+from pyro_elbo_ext.gradients.baselines import Baseline, PyroBaseline, make_baseline
+from pyro_elbo_ext.gradients.costs import Costs, Graph, SiteCost, make_graph
+from pyro_elbo_ext.gradients.pathwise import Estimate
+from pyro_elbo_ext.handlers import DetachScored, Enumerate
+from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
+from pyro_elbo_ext.plates import Layout, Site
+
+__all__ = ["ScoreFunction_ELBO", "SiteExplanation"]
+
+
+class SiteExplanation(NamedTuple):
+    """What is done at a random site of the guide.
+
+    Attributes:
+        gradient: ``"pathwise"``, ``"score"`` or ``"enumerated"``.
+        baseline: of a scored site.
+        downstream: sites whose terms make up a scored site's cost.
+    """
+
+    gradient: str
+    baseline: str
+    downstream: tuple[str, ...]
+
+
+class ScoreFunction_ELBO(ParticleELBO):
+    r"""The ELBO, with a gradient for any guide: score function where a site is not reparameterised, path elsewhere.
+
+    .. math:: \nabla = \frac{1}{K} \sum_k \Big[ \sum_j \nabla t_{jk}
+        + \sum_s \nabla \log q(s_k) \Big(\sum_{j \in D(s)} t_{jk} - b_s\Big) \Big]
+
+    with the terms t of the ELBO and D(s) those downstream of s, element by element of the plates around s. Right
+    where an auxiliary site follows a discrete one, on minibatches, and under masks and scales. Sites marked
+    ``infer={"enumerate": "parallel"}`` in the guide are summed exactly. Costs one run of the pair and one backward.
+
+    Args:
+        num_particles: K.
+        baseline: ``"leave-one-out"`` (needs K >= 2), ``"running-mean"``, ``"nvil"``, ``"none"``, a
+            :class:`~pyro_elbo_ext.gradients.Baseline`, or a function from a
+            :class:`~pyro_elbo_ext.gradients.SiteCost` to a tensor that broadcasts to its cost. A site's own
+            ``infer={"baseline": {...}}``, in Pyro's keys, comes first.
+        vectorize_particles: run all particles at once.
+        max_plate_nesting: plate dimensions of the pair.
+        retain_graph: passed to ``backward``.
+
+    Raises:
+        ValueError: an unknown baseline; when run, leave-one-out with one particle, a baseline that does not broadcast
+            to its cost, or a subsampled plate whose elements a site outside depends on; site or plate is named.
+
+    References:
+        Gradient Estimation Using Stochastic Computation Graphs (Schulman, Heess, Weber, Abbeel, 2015,
+        arXiv:1506.05254); Black Box Variational Inference (Ranganath, Gerrish, Blei, 2014, arXiv:1401.0118); Buy 4
+        REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof, Welling, 2019).
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 4,
+        baseline: str | Baseline | Callable[[SiteCost], Tensor] | None = "leave-one-out",
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        retain_graph: bool | None = None,
+    ) -> None:
+        super().__init__(
+            num_particles, None, vectorize_particles, max_plate_nesting, nonfinite="raise", retain_graph=retain_graph
+        )
+        self.baseline = make_baseline(baseline)
+        self.site_baseline = PyroBaseline()
+        self._graphs: dict[Any, Graph] = {}
+
+    @property
+    def _linear(self) -> bool:
+        return True
+
+    def _draw(self, sampler: ParticleSampler) -> list[Draw]:
+        enumerate_sites = Enumerate(-sampler.max_plate_nesting - 1 - sampler.particle_dims)
+        draws = sampler.draw(DetachScored(), enumerate_sites)
+        self._enumerated = dict(enumerate_sites.dims)
+        return draws
+
+    def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
+        layout, runs = sampler.score(draws)
+        graph = self._graph(sampler, runs[0])
+        costs = Costs(runs, graph, sampler.max_plate_nesting, sampler.num_particles if sampler.vectorize else 1)
+        objective, by_particle = costs.objective()
+        if torch.is_grad_enabled() and graph.scored:
+            self.baseline.register()
+            surrogate = sum(self._surrogate(costs, name, sampler, draws[0]) for name in graph.scored)
+            objective = objective + (surrogate - surrogate.detach())
+        whole = Layout((), frozenset(), frozenset(), layout.leaves)
+        return Estimate(objective, Particles(by_particle, 0 * by_particle, 1.0, 0.0, False, {}, whole, runs))
+
+    def _surrogate(self, costs: Costs, name: str, sampler: ParticleSampler, draw: Draw) -> Any:
+        """Return what adds the score of a site to the objective, and a baseline's own loss."""
+        site = costs.site_cost(name, draw.traces, sampler.args, sampler.kwargs)
+        baseline = self._baseline_of(site)
+        if self.num_particles < baseline.min_particles:
+            raise ValueError(
+                f"guide site '{name}' is not reparameterised, and its leave-one-out baseline needs num_particles >= "
+                f"{baseline.min_particles}, got {self.num_particles}. Raise num_particles, or use "
+                'baseline="running-mean".'
+            )
+        value = torch.as_tensor(baseline(site), dtype=site.cost.dtype, device=site.cost.device)
+        _check_broadcasts(value, site)
+        signal = (site.cost - value).detach()
+        coefficient = signal * baseline.factor(site, signal) * site.scale
+        probability = costs.probability(("guide", name))
+        weight = probability.detach() if isinstance(probability, Tensor) else probability
+        surrogate = (weight * coefficient * costs.scores[name]).sum() / self.num_particles
+        if value.requires_grad:
+            surrogate = surrogate - (site.cost - value).square().sum() / self.num_particles
+        baseline.update(site, signal)
+        return surrogate
+
+    def _baseline_of(self, site: SiteCost) -> Baseline:
+        return self.site_baseline if site.options else self.baseline
+
+    def _graph(self, sampler: ParticleSampler, sites: Sequence[Site]) -> Graph:
+        key = sampler.structure, tuple(self._enumerated.items())
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) > 100:  # models made anew for every call must not pile up
+                self._graphs.clear()
+            found = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
+            graph = self._graphs[key] = make_graph(sites, found, self._enumerated)
+        return graph
+
+    @torch.no_grad()
+    def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, SiteExplanation]:
+        """Say what this ELBO does at each random site of the guide. Runs the pair once."""
+        sampler = self._sampler(model, guide, args, kwargs)
+        draws = self._draw(sampler)
+        _, runs = sampler.score(draws)
+        graph = self._graph(sampler, runs[0])
+        found = {}
+        for name in draws[0].leaves:
+            options = draws[0].traces.guide.nodes[name]["infer"].get("baseline")
+            kind = "score" if name in graph.scored else "enumerated" if name in graph.enumerated else "pathwise"
+            baseline = type(self.site_baseline if options else self.baseline).__name__ if kind == "score" else ""
+            downstream = {site for _, site in graph.reach.get(name, {})} if kind == "score" else set()
+            found[name] = SiteExplanation(kind, baseline, tuple(sorted(downstream)))
+        return found
+
+
+def _check_broadcasts(value: Tensor, site: SiteCost) -> None:
+    try:
+        fits = torch.broadcast_shapes(value.shape, site.cost.shape) == site.cost.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"the baseline of site '{site.name}' has shape {tuple(value.shape)}, which does not broadcast to "
+            f"{tuple(site.cost.shape)}, its cost's [num_particles, *plates] with plates {site.plates}. Return one "
+            "value, one for each plate element, or one for each particle of each."
+        )
