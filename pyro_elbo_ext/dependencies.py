@@ -7,7 +7,7 @@ dependency missed would let a term be taken for a constant; one too many costs a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_elbo_ext.plates import is_leaf
 from pyro_elbo_ext.tracing import forked_rng, run_guide, run_model, run_pair
 
-__all__ = ["Dependencies", "Key", "dependencies", "reach"]
+__all__ = ["Dependencies", "Key", "dependencies", "descendants", "reach"]
 
 Key = tuple[str, str]  # origin ("guide" or "model") and name of a site
 
@@ -47,6 +47,16 @@ class Dependencies(NamedTuple):
     differentiable: dict[Key, frozenset[str]]
 
 
+def descendants(leaves: Iterable[str], found: Dependencies) -> frozenset[str]:
+    """Return some leaves of a guide and all sites of it that are drawn, at any remove, from their values."""
+    names = frozenset(leaves)
+    while True:
+        more = {n for (origin, n), up in found.parents.items() if origin == "guide" and up & names} - names
+        if not more:
+            return names
+        names = names | more
+
+
 def reach(leaf: str, found: Dependencies, plates: Mapping[Key, frozenset[str]]) -> dict[Key, frozenset[str]]:
     """Return the sites whose log-density a leaf's value acts on, directly or through other leaves of the guide.
 
@@ -61,17 +71,9 @@ def reach(leaf: str, found: Dependencies, plates: Mapping[Key, frozenset[str]]) 
     Returns:
         By site, the plates around the leaf that its action crosses.
     """
-
-    def descendants(names: frozenset[str]) -> frozenset[str]:
-        while True:
-            more = {n for (origin, n), up in found.parents.items() if origin == "guide" and up & names} - names
-            if not more:
-                return names
-            names = names | more
-
-    acting = descendants(frozenset({leaf}))
+    acting = descendants({leaf}, found)
     crossed = {
-        plate: descendants(frozenset(name for name in acting if plate not in plates["guide", name]))
+        plate: descendants({name for name in acting if plate not in plates["guide", name]}, found)
         for plate in plates["guide", leaf]
     }
     return {

@@ -18,6 +18,7 @@ from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
 __all__ = [
     "Layout",
     "Site",
+    "base_distribution",
     "base_name",
     "check_pair",
     "common_scale",
@@ -79,7 +80,8 @@ def is_leaf(site: Any) -> bool:
     return not isinstance(fn, dist.Delta)
 
 
-def _base(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
+    """Return the distribution that others are wrapped around."""
     while hasattr(fn, "base_dist") and not isinstance(fn, dist.Rejector):
         fn = fn.base_dist
     return fn
@@ -87,12 +89,12 @@ def _base(fn: Any) -> Any:
 
 def base_name(fn: Any) -> str:
     """Name the distribution that others are wrapped around."""
-    return type(_base(fn)).__name__
+    return type(base_distribution(fn)).__name__
 
 
 def is_reparameterized(site: Any) -> bool:
     """Tell whether a leaf's whole gradient flows through its value; a ``Rejector``'s does only in part."""
-    return site["fn"].has_rsample and not isinstance(_base(site["fn"]), dist.Rejector)
+    return site["fn"].has_rsample and not isinstance(base_distribution(site["fn"]), dist.Rejector)
 
 
 def vectorized_plates(site: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from pyro_elbo_ext import (
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
+    ReweightedWakeSleep_ELBO,
+    ScoreFunction_ELBO,
 )
 
 NUM_DATA = 8
@@ -125,4 +127,7 @@ ELBOS = {
     "piwae-pathwise": partial(PIWAE_ELBO, gradient="pathwise"),
     "mean-field": MeanField_ELBO,
     "own-bound": SoftMinimum_ELBO,
+    "score-function": ScoreFunction_ELBO,
+    "wake-sleep": ReweightedWakeSleep_ELBO,
+    "wake-sleep-dreg": partial(ReweightedWakeSleep_ELBO, wake_phi="dreg"),
 }

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.dependencies import dependencies
+from pyro_elbo_ext.dependencies import Dependencies, dependencies
 from pyro_elbo_ext.elbo.base import ParticleELBO
+from pyro_elbo_ext.gradients.antithetic import DisARM
 from pyro_elbo_ext.gradients.baselines import Baseline, PyroBaseline, make_baseline
+from pyro_elbo_ext.gradients.control_variates import REBAR, RELAX, DoubleControlVariates
 from pyro_elbo_ext.gradients.costs import Costs, Graph, SiteCost, make_graph
 from pyro_elbo_ext.gradients.pathwise import Estimate
+from pyro_elbo_ext.gradients.sites import SiteGradient, Step
 from pyro_elbo_ext.handlers import DetachScored, Enumerate
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.plates import Layout, Site
@@ -21,12 +24,17 @@ from pyro_elbo_ext.plates import Layout, Site
 __all__ = ["ScoreFunction_ELBO", "SiteExplanation"]
 
 
+GRADIENTS: dict[str, type[SiteGradient]] = {
+    kind.name: kind for kind in (SiteGradient, DisARM, DoubleControlVariates, REBAR, RELAX)
+}
+
+
 class SiteExplanation(NamedTuple):
     """What is done at a random site of the guide.
 
     Attributes:
-        gradient: ``"pathwise"``, ``"score"`` or ``"enumerated"``.
-        baseline: of a scored site.
+        gradient: ``"pathwise"``, ``"enumerated"``, or the name of the gradient of a sampled site.
+        baseline: of a sampled site.
         downstream: sites whose terms make up a scored site's cost.
     """
 
@@ -45,12 +53,27 @@ class ScoreFunction_ELBO(ParticleELBO):
     where an auxiliary site follows a discrete one, on minibatches, and under masks and scales. Sites marked
     ``infer={"enumerate": "parallel"}`` in the guide are summed exactly. Costs one run of the pair and one backward.
 
+    For guides whose sampled sites are Bernoulli, ``gradient=`` has estimators with less spread:
+
+    ================= ================================================ ==========================================
+    ``gradient=``     takes                                            costs, relative to ``"score"``
+    ================= ================================================ ==========================================
+    ``"score"``       any site                                         1
+    ``"disarm"``      an even number of particles                      one more run of the guide
+    ``"double-cv"``   a model with a derivative in the bits            one more backward
+    ``"rebar"``       bits that descend from no others, and a model    two more runs of the pair, and a second
+                      that takes values between 0 and 1                derivative
+    ``"relax"``       the same                                         the same, and a network for each site
+    ================= ================================================ ==========================================
+
     Args:
         num_particles: K.
         baseline: ``"leave-one-out"`` (needs K >= 2), ``"running-mean"``, ``"nvil"``, ``"none"``, a
             :class:`~pyro_elbo_ext.gradients.Baseline`, or a function from a
             :class:`~pyro_elbo_ext.gradients.SiteCost` to a tensor that broadcasts to its cost. A site's own
             ``infer={"baseline": {...}}``, in Pyro's keys, comes first.
+        gradient: a name of the table, or an object such as :class:`~pyro_elbo_ext.gradients.RELAX`; what needs no
+            baseline leaves it alone.
         vectorize_particles: run all particles at once.
         max_plate_nesting: plate dimensions of the pair.
         retain_graph: passed to ``backward``.
@@ -69,6 +92,7 @@ class ScoreFunction_ELBO(ParticleELBO):
         self,
         num_particles: int = 4,
         baseline: str | Baseline | Callable[[SiteCost], Tensor] | None = "leave-one-out",
+        gradient: str | SiteGradient = "score",
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
         retain_graph: bool | None = None,
@@ -76,17 +100,29 @@ class ScoreFunction_ELBO(ParticleELBO):
         super().__init__(
             num_particles, None, vectorize_particles, max_plate_nesting, nonfinite="raise", retain_graph=retain_graph
         )
+        if not isinstance(gradient, SiteGradient) and gradient not in GRADIENTS:
+            names = ", ".join(f'"{name}"' for name in GRADIENTS)
+            raise ValueError(f"gradient must be one of {names} or a SiteGradient, got {gradient!r}")
+        self.gradient = gradient if isinstance(gradient, SiteGradient) else GRADIENTS[gradient]()
         self.baseline = make_baseline(baseline)
         self.site_baseline = PyroBaseline()
         self._graphs: dict[Any, Graph] = {}
+        self._dependencies: dict[Any, Dependencies] = {}
+        self._enumerated: dict[str, int] = {}
 
     @property
     def _linear(self) -> bool:
         return True
 
+    def _make_sampler(self, *args: Any, **kwargs: Any) -> ParticleSampler:
+        kwargs["num_particles"] = max(kwargs["num_particles"] // self.gradient.runs_of, 1)
+        return super()._make_sampler(*args, **kwargs)
+
     def _draw(self, sampler: ParticleSampler) -> list[Draw]:
         enumerate_sites = Enumerate(-sampler.max_plate_nesting - 1 - sampler.particle_dims)
-        draws = sampler.draw(DetachScored(), enumerate_sites)
+        draws = self.gradient.draw(
+            sampler, lambda draw: self._find(sampler, tuple(draw.leaves)), DetachScored(), enumerate_sites
+        )
         self._enumerated = dict(enumerate_sites.dims)
         return draws
 
@@ -94,10 +130,12 @@ class ScoreFunction_ELBO(ParticleELBO):
         layout, runs = sampler.score(draws)
         graph = self._graph(sampler, runs[0])
         costs = Costs(runs, graph, sampler.max_plate_nesting, sampler.num_particles if sampler.vectorize else 1)
+        self.gradient.check(graph, costs.nodes, self.num_particles)
         objective, by_particle = costs.objective()
         if torch.is_grad_enabled() and graph.scored:
             self.baseline.register()
-            surrogate = sum(self._surrogate(costs, name, sampler, draws[0]) for name in graph.scored)
+            plain = lambda name: self._surrogate(costs, name, sampler, draws[0])  # noqa: E731
+            surrogate = self.gradient.surrogate(Step(sampler, draws, costs, plain))
             objective = objective + (surrogate - surrogate.detach())
         whole = Layout((), frozenset(), frozenset(), layout.leaves)
         return Estimate(objective, Particles(by_particle, 0 * by_particle, 1.0, 0.0, False, {}, whole, runs))
@@ -129,13 +167,19 @@ class ScoreFunction_ELBO(ParticleELBO):
 
     def _graph(self, sampler: ParticleSampler, sites: Sequence[Site]) -> Graph:
         key = sampler.structure, tuple(self._enumerated.items())
-        graph = self._graphs.get(key)
-        if graph is None:
+        if key not in self._graphs:
             if len(self._graphs) > 100:  # models made anew for every call must not pile up
                 self._graphs.clear()
-            found = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
-            graph = self._graphs[key] = make_graph(sites, found, self._enumerated)
-        return graph
+                self._dependencies.clear()
+            self._graphs[key] = make_graph(sites, self._find(sampler, sampler.structure), self._enumerated)
+        return self._graphs[key]
+
+    def _find(self, sampler: ParticleSampler, structure: Any) -> Dependencies:
+        """Return what depends on what, found once for each structure."""
+        key = sampler.model, sampler.guide, structure
+        if key not in self._dependencies:
+            self._dependencies[key] = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
+        return self._dependencies[key]
 
     @torch.no_grad()
     def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, SiteExplanation]:
@@ -147,9 +191,11 @@ class ScoreFunction_ELBO(ParticleELBO):
         found = {}
         for name in draws[0].leaves:
             options = draws[0].traces.guide.nodes[name]["infer"].get("baseline")
-            kind = "score" if name in graph.scored else "enumerated" if name in graph.enumerated else "pathwise"
-            baseline = type(self.site_baseline if options else self.baseline).__name__ if kind == "score" else ""
-            downstream = {site for _, site in graph.reach.get(name, {})} if kind == "score" else set()
+            kind = "enumerated" if name in graph.enumerated else "pathwise"
+            baseline, downstream = "", set()
+            if name in graph.scored:
+                kind, baseline = self.gradient.name, type(self.site_baseline if options else self.baseline).__name__
+                downstream = {site for _, site in graph.reach[name]}
             found[name] = SiteExplanation(kind, baseline, tuple(sorted(downstream)))
         return found
 

@@ -9,7 +9,7 @@ trained by the optimiser of ``SVI`` on the squared distance to the cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.gradients.costs import SiteCost
+from pyro_elbo_ext.gradients.memory import Memory
 
 __all__ = [
     "NVIL",
@@ -73,32 +74,7 @@ class LeaveOneOut(Baseline):
         return (site.cost.sum(dim, keepdim=True) - site.cost) / (site.cost.shape[dim] - 1)
 
 
-class _Remembers(Baseline):
-    """Keeps tensors by site name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._memory: dict[str, Tensor] = {}
-
-    def _recall(self, key: str, example: Tensor, shape: Sequence[int] = ()) -> Tensor:
-        if key not in self._memory:
-            self._memory[key] = example.new_zeros(tuple(shape))
-        return self._memory[key]
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Return what is remembered, for ``state_dict``."""
-        return {key: value.clone() for key, value in self._memory.items()}
-
-    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_dict`` held."""
-        self._memory = {key: value.clone() for key, value in state.items()}
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        self._memory = {key: fn(value) for key, value in self._memory.items()}
-        return super()._apply(fn, recurse)
-
-
-class RunningMean(_Remembers):
+class RunningMean(Memory, Baseline):
     r"""An exponential moving average of the cost: one number a site, or one for every element of some plates.
 
     With plates the number belongs to the element, found by its index where the plate is subsampled, and not to its
@@ -130,7 +106,7 @@ class RunningMean(_Remembers):
                     "name plates around every site that is not reparameterised."
                 )
         shape = [site.sizes[plate] for plate in self.plates]
-        return self._recall(f"{site.name}.sum", site.cost, shape), self._recall(f"{site.name}.weight", site.cost, shape)
+        return self.recall(f"{site.name}.sum", site.cost, shape), self.recall(f"{site.name}.weight", site.cost, shape)
 
     def _rows(self, site: SiteCost) -> tuple[Tensor, ...]:
         """Index of the step's elements in a table."""
@@ -209,7 +185,7 @@ class Neural(Baseline):
         pyro.module(self.name, self.net)
 
 
-class NVIL(_Remembers):
+class NVIL(Baseline):
     r"""Centring, and division by the signal's standard deviation, on top of an input-dependent baseline if given.
 
     The signal :math:`f - b(x) - c` with the running mean c of :math:`f - b(x)` is divided by
@@ -264,7 +240,7 @@ class CallableBaseline(Baseline):
         return self.function(site)
 
 
-class PyroBaseline(_Remembers):
+class PyroBaseline(Memory, Baseline):
     """Pyro's own keys, ``infer={"baseline": {...}}`` at a site, with their meaning in ``TraceGraph_ELBO``.
 
     ``nn_baseline`` with ``nn_baseline_input``, or ``baseline_value``, plus ``use_decaying_avg_baseline`` with
@@ -290,7 +266,7 @@ class PyroBaseline(_Remembers):
         if options.get("nn_baseline") is not None:
             value = options["nn_baseline"](_detached(options.get("nn_baseline_input")))
         if options.get("use_decaying_avg_baseline"):
-            value = value + self._recall(site.name, site.cost)
+            value = value + self.recall(site.name, site.cost)
         return value / site.scale
 
     @torch.no_grad()
@@ -298,7 +274,7 @@ class PyroBaseline(_Remembers):
         """Average the scaled cost in."""
         if site.options.get("use_decaying_avg_baseline"):
             beta = site.options.get("baseline_beta", 0.9)
-            self._recall(site.name, site.cost).mul_(beta).add_((1 - beta) * site.scale * site.cost.mean())
+            self.recall(site.name, site.cost).mul_(beta).add_((1 - beta) * site.scale * site.cost.mean())
 
 
 def _detached(value: Any) -> Any:

@@ -149,6 +149,7 @@ class Costs:
             key: self._stack([site.log_prob for site in sites]) * (sites[0].sign * sites[0].node["scale"])
             for key, sites in by_key.items()
         }
+        self.size = max((term.shape[self.particle_dim] for term in self.terms.values()), default=1)
         wanted = (*self.graph.scored, *self.graph.enumerated)
         self.scores = {name: self._stack([_score(site) for site in by_key["guide", name]]) for name in wanted}
 
@@ -192,8 +193,14 @@ class Costs:
             return term
         return probability * torch.where(probability == 0, torch.zeros_like(term), term)
 
+    def total(self) -> Tensor:
+        """Return the sum of all terms over everything, attached."""
+        return torch.stack(
+            [term.sum() * (self.size / term.shape[self.particle_dim]) for term in self.terms.values()]
+        ).sum()
+
     def downstream(self, name: str) -> Tensor:
-        """Return the sum of the terms downstream of each element of a site, detached, ``[num_particles, *plates]``.
+        """Return the sum of the terms downstream of each element of a site, ``[num_particles, *plates]``.
 
         Enumerated sites that the site itself stands under keep their dimensions; all others are summed.
         """
@@ -204,7 +211,7 @@ class Costs:
         for key, crossed in self.graph.reach[name].items():
             if key not in self.terms:
                 continue
-            term = self._weighted(key, self.terms[key].detach(), above).detach()
+            term = self._weighted(key, self.terms[key], above)
             common = set(self.graph.plates[key]) & set(self.graph.plates[own]) - crossed
             kept = frozenset(self.graph.plates[own][plate] for plate in common)
             by_kept[kept, term.shape] = by_kept.get((kept, term.shape), 0.0) + term
@@ -218,6 +225,12 @@ class Costs:
             total = total + (term.sum(dims, keepdim=True) if dims else term)
         return total
 
+    def along_particles(self, tensors: Sequence[Tensor], event_dim: int) -> Tensor:
+        """Join tensors with event dimensions, one a run, as ``[num_particles, *plates, *event]``."""
+        dim = self.particle_dim - event_dim
+        padded = [t.reshape((1,) * (-dim - t.dim()) + t.shape) for t in tensors]
+        return torch.cat([t.expand((self.run_size,) + t.shape[1:]) for t in padded])
+
     def site_cost(self, name: str, traces: Any, args: tuple, kwargs: dict) -> SiteCost:
         """Return what a baseline is told of a site.
 
@@ -230,7 +243,7 @@ class Costs:
         node = self.nodes["guide", name]
         scale = own_scale(node)
         frames = vectorized_plates(node)
-        cost = self.downstream(name)
+        cost = self.downstream(name).detach()
         values = {
             parent: traces.guide.nodes[parent]["value"].detach()
             for parent in sorted(self.graph.found.parents["guide", name])

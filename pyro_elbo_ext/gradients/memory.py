@@ -1,0 +1,36 @@
+"""What an estimator remembers from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Memory"]
+
+
+class Memory(nn.Module):
+    """Keeps tensors by key: in ``state_dict()``, moved by ``to()``, changed in place, and never parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory: dict[str, Tensor] = {}
+
+    def recall(self, key: str, example: Tensor, shape: Sequence[int] = ()) -> Tensor:
+        """Return the tensor under a key, zeros like the example at first."""
+        if key not in self._memory:
+            self._memory[key] = example.new_zeros(tuple(shape))
+        return self._memory[key]
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Return what is remembered, for ``state_dict``."""
+        return {key: value.clone() for key, value in self._memory.items()}
+
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` held."""
+        self._memory = {key: value.clone() for key, value in state.items()}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        self._memory = {key: fn(value) for key, value in self._memory.items()}
+        return super()._apply(fn, recurse)
