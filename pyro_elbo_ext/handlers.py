@@ -15,17 +15,14 @@ __all__ = ["DetachLeaves", "DetachScored", "Differentiable", "Enumerate"]
 class Enumerate(Messenger):
     """Gives a site that asks for ``infer={"enumerate": "parallel"}`` all values of its support at once.
 
-    The n-th such site has them along dimension ``first_dim - n``, left of the particles and the plates.
+    The n-th such site has them along dimension ``first_dim - n``, left of the particles and the plates; the same
+    dimension whenever it is met again.
     """
 
     def __init__(self, first_dim: int) -> None:
         super().__init__()
         self.first_dim = first_dim
         self.dims: dict[str, int] = {}
-
-    def __enter__(self) -> Any:
-        self.dims.clear()
-        return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
         how = msg["infer"].get("enumerate")
@@ -47,7 +44,7 @@ class Enumerate(Messenger):
                 f"guide site '{name}' asks for enumeration, but a {base_name(fn)} has no finite support to sum over. "
                 "Remove infer={'enumerate': ...} to sample it."
             ) from error
-        dim = self.dims[name] = self.first_dim - len(self.dims)
+        dim = self.dims.setdefault(name, self.first_dim - len(self.dims))
         return values.reshape(values.shape[:1] + (1,) * (-dim - 1) + tuple(fn.event_shape))
 
 

@@ -119,7 +119,7 @@ class ScoreFunction_ELBO(ParticleELBO):
         return super()._make_sampler(*args, **kwargs)
 
     def _draw(self, sampler: ParticleSampler) -> list[Draw]:
-        enumerate_sites = Enumerate(-sampler.max_plate_nesting - 1 - sampler.particle_dims)
+        enumerate_sites = Enumerate(-sampler.max_plate_nesting - 2)  # left of the particles
         draws = self.gradient.draw(
             sampler, lambda draw: self._find(sampler, tuple(draw.leaves)), DetachScored(), enumerate_sites
         )
@@ -134,16 +134,21 @@ class ScoreFunction_ELBO(ParticleELBO):
         objective, by_particle = costs.objective()
         if torch.is_grad_enabled() and graph.scored:
             self.baseline.register()
-            plain = lambda name: self._surrogate(costs, name, sampler, draws[0])  # noqa: E731
+
+            def plain(name: str) -> Tensor:
+                site = costs.site_cost(name, draws[0].traces.indices, sampler.args, sampler.kwargs)
+                return self._surrogate(costs, site)
+
             surrogate = self.gradient.surrogate(Step(sampler, draws, costs, plain))
             objective = objective + (surrogate - surrogate.detach())
         whole = Layout((), frozenset(), frozenset(), layout.leaves)
-        return Estimate(objective, Particles(by_particle, 0 * by_particle, 1.0, 0.0, False, {}, whole, runs))
+        return Estimate(
+            objective, Particles(by_particle, torch.zeros_like(by_particle), 1.0, 0.0, False, {}, whole, runs)
+        )
 
-    def _surrogate(self, costs: Costs, name: str, sampler: ParticleSampler, draw: Draw) -> Any:
+    def _surrogate(self, costs: Costs, site: SiteCost) -> Any:
         """Return what adds the score of a site to the objective, and a baseline's own loss."""
-        site = costs.site_cost(name, draw.traces, sampler.args, sampler.kwargs)
-        baseline = self._baseline_of(site)
+        name, baseline = site.name, self.site_baseline if site.options else self.baseline
         if self.num_particles < baseline.min_particles:
             raise ValueError(
                 f"guide site '{name}' is not reparameterised, and its leave-one-out baseline needs num_particles >= "
@@ -161,9 +166,6 @@ class ScoreFunction_ELBO(ParticleELBO):
             surrogate = surrogate - (site.cost - value).square().sum() / self.num_particles
         baseline.update(site, signal)
         return surrogate
-
-    def _baseline_of(self, site: SiteCost) -> Baseline:
-        return self.site_baseline if site.options else self.baseline
 
     def _graph(self, sampler: ParticleSampler, sites: Sequence[Site]) -> Graph:
         key = sampler.structure, tuple(self._enumerated.items())

@@ -58,7 +58,8 @@ class SiteCost(NamedTuple):
         plates: dimension of each vectorised plate around the site, by name, negative.
         sizes: full size of each of them.
         indices: rows of the subsampled ones that are in the minibatch.
-        parents: values of the guide's sites that the site's distribution is computed from, detached.
+        parents: values of the guide's sites that the site's distribution is computed from, detached,
+            ``[num_particles, *plates, *event]``.
         args: positional arguments of model and guide.
         kwargs: keyword arguments.
         scale: N/B of the site's plates.
@@ -158,9 +159,7 @@ class Costs:
         padded = [t.reshape((1,) * (self.nesting + 1 - t.dim()) + t.shape) for t in tensors]
         if len(padded) == 1:
             return padded[0]
-        shape = list(padded[0].shape)
-        shape[self.particle_dim] = self.run_size
-        return torch.cat([t.expand(shape) for t in padded], self.particle_dim)
+        return torch.cat([_expand(t, self.particle_dim, self.run_size) for t in padded], self.particle_dim)
 
     def probability(self, key: Key, given: Iterable[str] = ()) -> Tensor | float:
         """Return the probability of the enumerated values that a site stands under, attached; 1 without any."""
@@ -225,18 +224,25 @@ class Costs:
             total = total + (term.sum(dims, keepdim=True) if dims else term)
         return total
 
+    def _value(self, name: str) -> Tensor:
+        """Return a guide site's values, detached, ``[num_particles, *plates, *event]``."""
+        nodes = [site.node for sites in self.runs for site in sites if site.key == ("guide", name)]
+        return self.along_particles([node["value"].detach() for node in nodes], nodes[0]["fn"].event_dim)
+
     def along_particles(self, tensors: Sequence[Tensor], event_dim: int) -> Tensor:
         """Join tensors with event dimensions, one a run, as ``[num_particles, *plates, *event]``."""
         dim = self.particle_dim - event_dim
         padded = [t.reshape((1,) * (-dim - t.dim()) + t.shape) for t in tensors]
-        return torch.cat([t.expand((self.run_size,) + t.shape[1:]) for t in padded])
+        if len(padded) == 1:
+            return padded[0]
+        return torch.cat([_expand(t, dim, self.run_size) for t in padded], dim)
 
-    def site_cost(self, name: str, traces: Any, args: tuple, kwargs: dict) -> SiteCost:
+    def site_cost(self, name: str, indices: Mapping[str, Tensor], args: tuple, kwargs: dict) -> SiteCost:
         """Return what a baseline is told of a site.
 
         Args:
             name: of the site.
-            traces: of one run.
+            indices: rows of the step's minibatch, by subsampled plate.
             args: positional arguments of model and guide.
             kwargs: keyword arguments.
         """
@@ -244,23 +250,24 @@ class Costs:
         scale = own_scale(node)
         frames = vectorized_plates(node)
         cost = self.downstream(name).detach()
-        values = {
-            parent: traces.guide.nodes[parent]["value"].detach()
-            for parent in sorted(self.graph.found.parents["guide", name])
-        }
+        parents = {parent: self._value(parent) for parent in sorted(self.graph.found.parents["guide", name])}
         return SiteCost(
             name,
             cost / scale if scale != 1 else cost,
             {plate: frame.dim for plate, frame in frames.items()},
             {plate: frame.full_size or frame.size for plate, frame in frames.items()},
-            {plate: index for plate, index in traces.indices.items() if plate in frames},
-            values,
+            {plate: index for plate, index in indices.items() if plate in frames},
+            parents,
             args,
             kwargs,
             scale,
             node["infer"].get("baseline") or {},
             self.particle_dim,
         )
+
+
+def _expand(t: Tensor, dim: int, size: int) -> Tensor:
+    return t.expand(t.shape[:dim] + (size,) + t.shape[t.dim() + dim + 1 :])
 
 
 def _score(site: Site) -> Tensor:

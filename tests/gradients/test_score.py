@@ -56,7 +56,7 @@ def test_pyro_gives_the_toy_nothing():
 def test_belief_network(gradient):
     """Three bits in two layers of the guide, and a parameter of the model, by summing over all states."""
     value, exact = enumerated_gradient(belief_network, NETWORK, IWAE(), 3)
-    values, grads = sample_gradients(IWAE_ELBO(3, gradient), belief_network(40_000), calls=5, seed=1)
+    values, grads = sample_gradients(IWAE_ELBO(3, gradient), belief_network(8_000), calls=25, seed=1)
     assert z_score(values, value) < 4
     for name, expected in exact.items():
         assert abs(expected) > 1e-3
@@ -137,7 +137,7 @@ def mixed_exact(order, bound, k):
 @pytest.mark.parametrize("order", ["c first", "d first"])
 def test_mixed_guide(order, path, signal):
     value, exact = mixed_exact(order, IWAE(), 2)
-    values, grads = sample_gradients(IWAE_ELBO(2, f"{path}+{signal}"), mixed_problem(order, 50_000), calls=8, seed=3)
+    values, grads = sample_gradients(IWAE_ELBO(2, f"{path}+{signal}"), mixed_problem(order, 16_000), calls=25, seed=3)
     assert z_score(values, value) < 4
     for name, expected in exact.items():
         assert z_score(grads[name], expected) < 4, name
