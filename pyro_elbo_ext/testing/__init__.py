@@ -9,7 +9,8 @@ run holds in a plate of their own.
 True
 
 From a shell, ``python -m pyro_elbo_ext.testing module:ClassName`` prints the table for a class that takes
-``num_particles``, and exits with 0 only if nothing failed.
+``num_particles``, and exits with 0 only if value against evidence, gradient against enumeration and minibatches ran and
+held, and nothing else failed.
 
 The golden values are those of z ~ N(0, 1), x ~ N(z, 1), x = 1.5 and q = N(0.2, 0.9^2), by 80-node Gauss-Hermite
 quadrature. The slopes are those of Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018,
@@ -21,16 +22,22 @@ linear VAE's optimum is that of Don't Blame the ELBO! (Lucas et al., 2019, arXiv
 from pyro_elbo_ext.testing.checks import Check, conformance
 from pyro_elbo_ext.testing.measure import enumerated_gradient, sample_gradients, spread_slope, z_score
 from pyro_elbo_ext.testing.problems import (
+    BELIEF_STATES,
     GAP_CONSTANT,
     GOLDEN_GRADIENT,
     GOLDEN_HIERARCHY,
     GOLDEN_IWAE,
     GOLDEN_SCALE_GRADIENT,
     LOG_EVIDENCE,
+    TOY_STATES,
+    Mixture,
     Problem,
+    ScoredNormal,
+    amortised_mixture,
     belief_network,
     bernoulli_toy,
     conjugate_normal,
+    equal_rows,
     hierarchical_guide,
     linear_vae_optimum,
     many_bits,
@@ -39,6 +46,7 @@ from pyro_elbo_ext.testing.problems import (
 )
 
 __all__ = [
+    "BELIEF_STATES",
     "Check",
     "GAP_CONSTANT",
     "GOLDEN_GRADIENT",
@@ -46,12 +54,17 @@ __all__ = [
     "GOLDEN_IWAE",
     "GOLDEN_SCALE_GRADIENT",
     "LOG_EVIDENCE",
+    "Mixture",
     "Problem",
+    "ScoredNormal",
+    "TOY_STATES",
+    "amortised_mixture",
     "belief_network",
     "bernoulli_toy",
     "conformance",
     "conjugate_normal",
     "enumerated_gradient",
+    "equal_rows",
     "hierarchical_guide",
     "linear_vae_optimum",
     "many_bits",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -13,12 +13,32 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_elbo_ext.testing.problems import Problem
+from pyro_elbo_ext.testing.problems import Problem, ScoredNormal
 from pyro_elbo_ext.tracing import forked_rng, run_pair
 
-__all__ = ["MakeELBO", "enumerated_gradient", "sample_gradients", "spread_slope", "z_score"]
+__all__ = ["Check", "MakeELBO", "compare", "enumerated_gradient", "sample_gradients", "spread_slope", "z_score"]
 
 MakeELBO = Callable[..., ELBO]
+
+
+class Check(NamedTuple):
+    """One statement and whether it held.
+
+    Attributes:
+        name: what was asked.
+        passed: whether it held; None where it does not apply.
+        detail: the numbers.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def compare(name: str, sample: Tensor, expected: float, rounding: float = 1e-6) -> Check:
+    """Return whether a sample's mean is within four standard errors of what is expected."""
+    z = z_score(sample, expected, rounding)
+    return Check(name, z < 4, f"{float(sample.mean()):.5f}, exact {expected:.5f}, z = {z:.1f}")
 
 
 @contextmanager
@@ -67,12 +87,6 @@ def z_score(sample: Tensor, expected: float, rounding: float = 0.0) -> float:
     return distance / max(error, 1e-15)
 
 
-class _Scored(dist.Normal):
-    """A normal that is not to be reparameterised, so that its gradient is a score function's."""
-
-    has_rsample = False
-
-
 def spread_slope(
     make: MakeELBO, particles: Sequence[int] = (8, 32, 128), replicates: int = 400, scored: bool = False
 ) -> float:
@@ -97,7 +111,7 @@ def spread_slope(
     def guide() -> None:
         with pyro.plate("replicates", replicates, dim=-1):
             b = pyro.param("b")
-            normal = _Scored if scored else dist.Normal
+            normal = ScoredNormal if scored else dist.Normal
             pyro.sample("z", normal(b, math.sqrt(2 / 3)).to_event(1))
 
     params = {"b": (data / 2 + 0.01).expand(replicates, dims).clone()}

@@ -13,9 +13,11 @@ from torch import Tensor
 
 LOG_EVIDENCE = -1.828012
 GOLDEN_IWAE = {1: -2.199299, 2: -1.972623, 3: -1.914307, 4: -1.889118}
-# Gradient of the objective in the mean of q, by number of particles. "iwae+rws" is what sticking-the-landing estimates.
+# Gradient of the objective in the mean of q, by number of particles. "rws" is reweighted wake-sleep's wake-phi,
+# "iwae+rws" what sticking-the-landing estimates.
 GOLDEN_GRADIENT = {
     "iwae": {1: 1.100000, 2: 0.493536, 3: 0.299964, 4: 0.211743},
+    "rws": {1: 0.0, 2: 0.374360, 3: 0.493849, 4: 0.548307},
     "iwae+rws": {1: 1.100000, 2: 0.867897, 3: 0.793814, 4: 0.760050},
 }
 GOLDEN_SCALE_GRADIENT = {1: -0.688889, 2: -0.065883, 3: 0.010639, 4: 0.023391}  # of IWAE, in the scale of q
@@ -25,16 +27,22 @@ GOLDEN_HIERARCHY = {"m": 0.0632, "log_s1": 0.0001, "a": 0.2316, "c": 0.4674, "lo
 
 
 __all__ = [
+    "BELIEF_STATES",
     "GAP_CONSTANT",
     "GOLDEN_GRADIENT",
     "GOLDEN_HIERARCHY",
     "GOLDEN_IWAE",
     "GOLDEN_SCALE_GRADIENT",
     "LOG_EVIDENCE",
+    "Mixture",
     "Problem",
+    "ScoredNormal",
+    "TOY_STATES",
+    "amortised_mixture",
     "belief_network",
     "bernoulli_toy",
     "conjugate_normal",
+    "equal_rows",
     "hierarchical_guide",
     "linear_vae_optimum",
     "many_bits",
@@ -61,8 +69,17 @@ def _full(size: int, value: float) -> Tensor:
     return torch.full((size,), value, dtype=torch.float64)
 
 
-def conjugate_normal(replicates: int, loc: float = 0.2, scale: float = 0.9, x: float = 1.5) -> Problem:
-    """Return z ~ N(0, 1), x ~ N(z, 1) with q = N(m, s^2), once for each replicate."""
+class ScoredNormal(dist.Normal):
+    """A normal that is not to be reparameterised, so that its gradient is a score function's."""
+
+    has_rsample = False
+
+
+def conjugate_normal(
+    replicates: int, loc: float = 0.2, scale: float = 0.9, x: float = 1.5, scored: bool = False
+) -> Problem:
+    """Return z ~ N(0, 1), x ~ N(z, 1) with q = N(m, s^2), reparameterised or not, once for each replicate."""
+    normal = ScoredNormal if scored else dist.Normal
     observed = _full(replicates, x)
 
     def model() -> None:
@@ -73,7 +90,7 @@ def conjugate_normal(replicates: int, loc: float = 0.2, scale: float = 0.9, x: f
     def guide() -> None:
         m, s = pyro.param("m"), pyro.param("s")
         with pyro.plate("replicates", replicates, dim=-1):
-            pyro.sample("z", dist.Normal(m, s))
+            pyro.sample("z", normal(m, s))
 
     return Problem(model, guide, {"m": _full(replicates, loc), "s": _full(replicates, scale)})
 
@@ -119,6 +136,77 @@ def many_normals(replicates: int, num_data: int = 20) -> tuple[Problem, float]:
     return Problem(model, guide, {"m": _full(replicates, 0.1), "s": _full(replicates, 0.8)}), evidence
 
 
+def equal_rows(replicates: int, num_data: int, logit: float = 0.3) -> Problem:
+    """Return :func:`bernoulli_toy` in a plate of equal rows, all under one logit a replicate."""
+    observed = _full(replicates, 2.0).unsqueeze(-1).expand(-1, num_data)
+
+    def model() -> None:
+        with pyro.plate("replicates", replicates, dim=-2), pyro.plate("data", num_data, dim=-1):
+            d = pyro.sample("d", dist.Bernoulli(observed.new_full((), 0.5)))
+            pyro.sample("x", dist.Normal(2 * d, 1.0), obs=observed)
+
+    def guide() -> None:
+        logit = pyro.param("logit").unsqueeze(-1)
+        with pyro.plate("replicates", replicates, dim=-2), pyro.plate("data", num_data, dim=-1):
+            pyro.sample("d", dist.Bernoulli(logits=logit))
+
+    return Problem(model, guide, {"logit": _full(replicates, logit)})
+
+
+class Mixture(NamedTuple):
+    """A mixture whose components an encoder infers: a pair that takes the data, a source of data, and its error.
+
+    Attributes:
+        model: learns the components' weights.
+        guide: an encoder of 16 tanh units.
+        sample: returns data of a given size.
+        error: returns the mean distance between the encoder's and the true probabilities of the components.
+    """
+
+    model: Callable[[Tensor], Any]
+    guide: Callable[[Tensor], Any]
+    sample: Callable[[int], Tensor]
+    error: Callable[[], float]
+
+
+def amortised_mixture(num_components: int = 5) -> Mixture:
+    """Return components at 0, 10, 20, ... with deviation 5 and weights that rise.
+
+    References:
+        Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow (Le et al., 2018, arXiv:1805.10469),
+        whose mixture has twenty components.
+    """
+    means = 10.0 * torch.arange(num_components)
+    weights = torch.arange(num_components) + 2.0
+    top = float(means[-1])
+    encoder = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, num_components))
+
+    def encode(x: Tensor) -> dist.Categorical:
+        return dist.Categorical(logits=encoder(2 * x.unsqueeze(-1) / top - 1))
+
+    def model(x: Tensor) -> None:
+        logits = pyro.param("logits", torch.zeros(num_components))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=logits))
+            pyro.sample("x", dist.Normal(means[c], 5.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", encode(x))
+
+    def sample(size: int) -> Tensor:
+        return dist.Normal(means[dist.Categorical(weights).sample((size,))], 5.0).sample()
+
+    @torch.no_grad()
+    def error() -> float:
+        x = torch.linspace(-10, top + 10, 61)
+        exact = torch.softmax(weights.log() + dist.Normal(means, 5.0).log_prob(x.unsqueeze(-1)), -1)
+        return float((encode(x).probs - exact).norm(dim=-1).mean())
+
+    return Mixture(model, guide, sample, error)
+
+
 def bernoulli_toy(replicates: int, logit: float = 0.3) -> Problem:
     """Return d ~ Bernoulli(1/2), x ~ N(2 d, 1), x = 2, with q = Bernoulli of some logit."""
     observed = _full(replicates, 2.0)
@@ -156,6 +244,14 @@ def many_bits(replicates: int, num_data: int = 12) -> tuple[Problem, float]:
     ends = torch.stack([dist.Normal(mean, 1.0).log_prob(data) for mean in (0.0, 2.0)])
     evidence = float((torch.logsumexp(ends, 0) - math.log(2)).sum())
     return Problem(model, guide, {"slope": _full(replicates, 0.7), "offset": _full(replicates, -0.4)}), evidence
+
+
+# All values of the belief network's bits, and of the toy's.
+BELIEF_STATES = {
+    "z1": torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)[:, :2],
+    "z2": torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)[:, 2],
+}
+TOY_STATES = {"d": torch.tensor([0.0, 1.0], dtype=torch.float64)}
 
 
 def belief_network(replicates: int) -> Problem:

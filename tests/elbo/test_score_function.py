@@ -17,6 +17,7 @@ from pyro_elbo_ext import ScoreFunction_ELBO
 from pyro_elbo_ext.bounds import ELBO
 from pyro_elbo_ext.gradients import NVIL, LeaveOneOut, Neural, RunningMean
 from pyro_elbo_ext.testing import (
+    BELIEF_STATES,
     Problem,
     belief_network,
     enumerated_gradient,
@@ -26,9 +27,6 @@ from pyro_elbo_ext.testing import (
     z_score,
 )
 from tests.cases import global_guide, global_model
-
-STATES = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
-NETWORK = {"z1": STATES[:, :2], "z2": STATES[:, 2]}
 
 
 def bits_model(batch=6):
@@ -92,7 +90,7 @@ BASELINES = {
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_is_unbiased(name, vectorize):
-    value, exact = enumerated_gradient(belief_network, NETWORK, ELBO(), 1)
+    value, exact = enumerated_gradient(belief_network, BELIEF_STATES, ELBO(), 1)
     elbo = ScoreFunction_ELBO(3, BASELINES[name], vectorize_particles=vectorize)
     values, grads = sample_gradients(elbo, belief_network(4_000), calls=25, seed=2)
     assert z_score(values, value) < 4

@@ -6,11 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
 
 from pyro_elbo_ext import IWAE_ELBO, ReweightedWakeSleep_ELBO
 from pyro_elbo_ext.bounds import IWAE
 from pyro_elbo_ext.testing import (
+    BELIEF_STATES,
+    GOLDEN_GRADIENT,
     GOLDEN_IWAE,
     Problem,
     belief_network,
@@ -21,9 +22,7 @@ from pyro_elbo_ext.testing import (
     z_score,
 )
 
-WAKE_PHI = {2: 0.374360, 3: 0.493849, 4: 0.548307}  # gradient in the mean of q, by 80-node Gauss-Hermite quadrature
-STATES = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
-NETWORK = {"z1": STATES[:, :2], "z2": STATES[:, 2]}
+WAKE_PHI = {k: GOLDEN_GRADIENT["rws"][k] for k in (2, 3, 4)}
 
 
 @pytest.mark.parametrize("k", WAKE_PHI)
@@ -52,14 +51,14 @@ def wake_phi_exact(k):
     def surrogate(log_w):
         return IWAE()(log_w)
 
-    exact["theta"] = enumerated_gradient(belief_network, NETWORK, surrogate, k)[1]["theta"]
+    exact["theta"] = enumerated_gradient(belief_network, BELIEF_STATES, surrogate, k)[1]["theta"]
     problem = belief_network(8)
     from pyro_elbo_ext.tracing import run_pair
 
     with pyro.get_param_store().scope():
         for name, value in problem.params.items():
             pyro.param(name, value.clone())
-        traces = run_pair(problem.model, problem.guide, (), {}, NETWORK)
+        traces = run_pair(problem.model, problem.guide, (), {}, BELIEF_STATES)
         for trace in (traces.guide, traces.model):
             trace.compute_log_prob()
         log_q = sum(s["log_prob"] for s in traces.guide.nodes.values() if s["type"] == "sample")
@@ -186,55 +185,6 @@ def test_dreams_on_minibatches():
     exact = 10 * ((1 + 0.25) - 0.3 * (2 + 0.25)) / 0.64
     for batch, grads in means.items():
         assert z_score(grads, exact) < 4, batch
-
-
-def mixture(train_prior=True):
-    """C12, short: five components at 0, 10, ..., 40 with unknown weights, and an encoder."""
-    net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5))
-    means = 10 * torch.arange(5.0)
-    true = torch.arange(5.0) + 2
-    true = true / true.sum()
-
-    def model(x):
-        logits = pyro.param("logits", torch.zeros(5))
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(logits=logits))
-            pyro.sample("x", dist.Normal(means[c], 5.0), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", net)
-        with pyro.plate("data", len(x)):
-            pyro.sample("c", dist.Categorical(logits=net(x.unsqueeze(-1) / 20 - 1)))
-
-    def posterior(x):
-        return torch.softmax(true.log() + dist.Normal(means, 5.0).log_prob(x.unsqueeze(-1)), -1)
-
-    @torch.no_grad()
-    def error():
-        grid = torch.linspace(-10, 50, 61)
-        return float((torch.softmax(net(grid.unsqueeze(-1) / 20 - 1), -1) - posterior(grid)).norm(dim=-1).mean())
-
-    def sample(size):
-        c = dist.Categorical(true).sample((size,))
-        return dist.Normal(means[c], 5.0).sample()
-
-    return model, guide, sample, error
-
-
-def test_mixture_improves_with_particles():
-    """C12: the guide's distance to the true posterior falls with K; it is 0.6 for a step that does nothing."""
-    errors = {}
-    for k in (2, 20):
-        pyro.clear_param_store()
-        torch.manual_seed(3)
-        model, guide, sample, error = mixture()
-        start = error()
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ReweightedWakeSleep_ELBO(k))
-        for _ in range(1500):
-            svi.step(sample(100))
-        errors[k] = error()
-    assert start > 0.5
-    assert errors[20] < 0.1 and errors[20] < 0.6 * errors[2], errors
 
 
 def test_loss_is_a_float_and_a_module():

@@ -13,6 +13,7 @@ from pyro_elbo_ext.bounds import ELBO
 from pyro_elbo_ext.gradients import REBAR, RELAX, DoubleControlVariates
 from pyro_elbo_ext.gradients.antithetic import _antithetic
 from pyro_elbo_ext.testing import (
+    BELIEF_STATES,
     Problem,
     belief_network,
     enumerated_gradient,
@@ -21,9 +22,6 @@ from pyro_elbo_ext.testing import (
     sample_gradients,
     z_score,
 )
-
-STATES = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
-NETWORK = {"z1": STATES[:, :2], "z2": STATES[:, 2]}
 
 
 @pytest.mark.parametrize("theta, exact, spread", [(0.0, 5.0e-4, 0.0), (2.0, 2.0999e-4, 3.75e-4)])
@@ -46,7 +44,7 @@ def test_the_antithetic_pair_has_both_margins_and_the_right_joint():
 @pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
 @pytest.mark.parametrize("gradient, k", [("disarm", 2), ("disarm", 4), ("double-cv", 2), ("double-cv", 3)])
 def test_a_hierarchy_of_bits(gradient, k, vectorize):
-    value, exact = enumerated_gradient(belief_network, NETWORK, ELBO(), 1)
+    value, exact = enumerated_gradient(belief_network, BELIEF_STATES, ELBO(), 1)
     elbo = ScoreFunction_ELBO(k, gradient=gradient, vectorize_particles=vectorize)
     values, grads = sample_gradients(elbo, belief_network(6_000), calls=20, seed=3)
     assert z_score(values, value) < 4

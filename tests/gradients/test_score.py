@@ -14,11 +14,14 @@ from pyro_elbo_ext import IWAE_ELBO, PIWAE_ELBO, VRIWAE_ELBO
 from pyro_elbo_ext.bounds import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, FunctionBound
 from pyro_elbo_ext.gradients import OVIS, VIMCO, DoublyReparameterized, Reinforce
 from pyro_elbo_ext.testing import (
+    BELIEF_STATES,
+    TOY_STATES,
     Problem,
     belief_network,
     bernoulli_toy,
     conjugate_normal,
     enumerated_gradient,
+    equal_rows,
     many_bits,
     sample_gradients,
     spread_slope,
@@ -26,9 +29,6 @@ from pyro_elbo_ext.testing import (
 )
 from tests.cases import ELBOS
 
-BITS = {"d": torch.tensor([0.0, 1.0], dtype=torch.float64)}
-NETWORK = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
-NETWORK = {"z1": NETWORK[:, :2], "z2": NETWORK[:, 2]}
 SIGNALS = {
     "score": Reinforce(),
     "vimco": VIMCO(),
@@ -41,7 +41,7 @@ SIGNALS = {
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_bernoulli_toy(signal, k):
     """C10: Pyro's RenyiELBO returns zero here, NumPyro's the wrong sign."""
-    exact = enumerated_gradient(partial(bernoulli_toy, logit=0.3), BITS, IWAE(), k)[1]["logit"]
+    exact = enumerated_gradient(partial(bernoulli_toy, logit=0.3), TOY_STATES, IWAE(), k)[1]["logit"]
     assert -exact == pytest.approx({2: -0.2230, 5: -0.0710}[k], abs=5e-5)
     _, grads = sample_gradients(IWAE_ELBO(k, SIGNALS[signal]), bernoulli_toy(100_000, 0.3), calls=4, seed=k)
     assert z_score(grads["logit"], exact) < 4
@@ -55,7 +55,7 @@ def test_pyro_gives_the_toy_nothing():
 @pytest.mark.parametrize("gradient", ["score", "vimco", "ovis", "auto"])
 def test_belief_network(gradient):
     """Three bits in two layers of the guide, and a parameter of the model, by summing over all states."""
-    value, exact = enumerated_gradient(belief_network, NETWORK, IWAE(), 3)
+    value, exact = enumerated_gradient(belief_network, BELIEF_STATES, IWAE(), 3)
     values, grads = sample_gradients(IWAE_ELBO(3, gradient), belief_network(8_000), calls=25, seed=1)
     assert z_score(values, value) < 4
     for name, expected in exact.items():
@@ -68,13 +68,13 @@ def test_every_bound_has_a_score_gradient(name):
     """A bound of one's own as well, by derived weights."""
     bound = {"vr-iwae": VRIWAE(0.5), "miwae": MIWAE(2), "ciwae": CIWAE(0.3)}.get(name)
     elbo = ELBOS[name](num_particles=4, gradient="vimco")
-    _, exact = enumerated_gradient(bernoulli_toy, BITS, bound or FunctionBound(elbo.bound), 4)
+    _, exact = enumerated_gradient(bernoulli_toy, TOY_STATES, bound or FunctionBound(elbo.bound), 4)
     _, grads = sample_gradients(elbo, bernoulli_toy(100_000), calls=2)
     assert z_score(grads["logit"], exact["logit"]) < 4
 
 
 def test_piwae_scores_by_the_guides_bound():
-    exact = {bound: enumerated_gradient(belief_network, NETWORK, b, 4)[1] for bound, b in BOUNDS.items()}
+    exact = {bound: enumerated_gradient(belief_network, BELIEF_STATES, b, 4)[1] for bound, b in BOUNDS.items()}
     _, grads = sample_gradients(PIWAE_ELBO(4, num_groups=2), belief_network(40_000), calls=4)
     for name in exact["iwae"]:
         assert z_score(grads[name], exact["iwae" if name == "theta" else "miwae"][name]) < 4, name
@@ -214,36 +214,11 @@ def test_one_weight_per_datum(gradient):
     """C9: a plate of 100 equal rows has 100 times the gradient of one row, and 10 times its spread."""
     spread = []
     for size in (1, 100):
-        params = {"logit": torch.full((4000, 1), 0.3, dtype=torch.float64)}
-
-        def model(size=size):
-            with pyro.plate("replicates", 4000, dim=-2), pyro.plate("data", size, dim=-1):
-                d = pyro.sample("d", dist.Bernoulli(torch.tensor(0.5)))
-                pyro.sample("x", dist.Normal(2 * d, 1.0), obs=torch.full((4000, size), 2.0))
-
-        def guide(size=size):
-            with pyro.plate("replicates", 4000, dim=-2), pyro.plate("data", size, dim=-1):
-                pyro.sample("d", dist.Bernoulli(logits=pyro.param("logit")))
-
-        _, grads = sample_gradients(IWAE_ELBO(4, gradient), Problem(model, guide, params), calls=4)
+        _, grads = sample_gradients(IWAE_ELBO(4, gradient), equal_rows(4000, size), calls=4)
         per_datum = grads["logit"].flatten() / size
-        assert z_score(per_datum, enumerated_gradient(bernoulli_toy, BITS, IWAE(), 4)[1]["logit"]) < 4
+        assert z_score(per_datum, enumerated_gradient(bernoulli_toy, TOY_STATES, IWAE(), 4)[1]["logit"]) < 4
         spread.append(float(per_datum.std()))
     assert spread[0] / spread[1] == pytest.approx(10, rel=0.1)
-
-
-def scored_normal(replicates, loc, scale):
-    """The conjugate normal with a guide that pretends it cannot be reparameterised."""
-    problem = conjugate_normal(replicates, loc, scale)
-
-    class Scored(dist.Normal):
-        has_rsample = False
-
-    def guide():
-        with pyro.plate("replicates", replicates, dim=-1):
-            pyro.sample("z", Scored(pyro.param("m"), pyro.param("s")))
-
-    return problem._replace(guide=guide)
 
 
 @pytest.mark.parametrize("signal, mean", [("vimco", "iwae"), ("ovis", "iwae"), ("score", "iwae"), ("ovis-1", "both")])
@@ -251,20 +226,20 @@ def test_golden_gradients_without_a_path(signal, mean):
     """C2: E[VIMCO] = E[OVIS, gamma = 0] = E[REINFORCE] = E[IWAE], and E[OVIS, gamma = 1] = E[IWAE] + E[wake-sleep]."""
     gradient = OVIS(1.0) if signal == "ovis-1" else signal
     expected = {"iwae": 0.299964, "both": 0.793814}[mean]
-    _, grads = sample_gradients(IWAE_ELBO(3, gradient), scored_normal(50_000, 0.2, 0.9), calls=20, seed=2)
+    _, grads = sample_gradients(IWAE_ELBO(3, gradient), conjugate_normal(50_000, scored=True), calls=20, seed=2)
     assert z_score(grads["m"], expected, 1e-6) < 4
 
 
 def test_spread_of_each_signal():
     """Per-draw standard deviations at K = 3, published with the golden values."""
     for gradient, expected in {VIMCO("arithmetic"): 0.81, VIMCO(): 0.71, OVIS(): 0.41, Reinforce(): 4.71}.items():
-        _, grads = sample_gradients(IWAE_ELBO(3, gradient), scored_normal(50_000, 0.2, 0.9), calls=4, seed=2)
+        _, grads = sample_gradients(IWAE_ELBO(3, gradient), conjugate_normal(50_000, scored=True), calls=4, seed=2)
         assert float(grads["m"].std()) == pytest.approx(expected, rel=0.03), gradient
 
 
 def test_at_the_posterior_only_the_known_remainder_is_left():
     """C4: all weights are equal, so a gradient is a known multiple of the sum of scores, draw by draw."""
-    k, posterior = 4, scored_normal(1000, 0.75, math.sqrt(0.5))
+    k, posterior = 4, conjugate_normal(1000, 0.75, math.sqrt(0.5), scored=True)
     found = {}
     for name, gradient in {"vimco": VIMCO(), "arith": VIMCO("arithmetic"), "ovis": OVIS(), "ovis1": OVIS(1)}.items():
         found[name] = sample_gradients(IWAE_ELBO(k, gradient), posterior, seed=6)[1]["m"]
