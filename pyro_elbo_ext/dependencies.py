@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.plates import is_leaf
+from pyro_elbo_ext.sites import is_leaf
 from pyro_elbo_ext.tracing import forked_rng, run_guide, run_model, run_pair
 
 __all__ = ["Dependencies", "Key", "dependencies", "descendants", "reach"]

@@ -7,7 +7,7 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_elbo_ext.plates import base_name, is_leaf, is_reparameterized
+from pyro_elbo_ext.sites import base_name, is_leaf, is_reparameterized
 
 __all__ = ["DetachLeaves", "DetachScored", "Differentiable", "Enumerate"]
 

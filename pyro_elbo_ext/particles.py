@@ -27,17 +27,8 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import dependencies
-from pyro_elbo_ext.plates import (
-    Layout,
-    Site,
-    check_pair,
-    common_scale,
-    decide_layout,
-    is_flow,
-    is_leaf,
-    is_reparameterized,
-    site_scales,
-)
+from pyro_elbo_ext.plates import Layout, check_pair, common_scale, decide_layout, site_scales
+from pyro_elbo_ext.sites import Site, is_flow, is_leaf, is_reparameterized
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
 
 __all__ = ["Draw", "ParticleSampler", "Particles", "make_draw"]

@@ -6,51 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, Traces
+from pyro_elbo_ext.sites import Site, is_leaf, own_scale, plate_factor, vectorized_plates
+from pyro_elbo_ext.tracing import Traces
 
-__all__ = [
-    "Layout",
-    "Site",
-    "base_distribution",
-    "base_name",
-    "check_pair",
-    "common_scale",
-    "decide_layout",
-    "decide_local_layout",
-    "is_flow",
-    "is_leaf",
-    "is_reparameterized",
-    "own_scale",
-    "site_scales",
-    "vectorized_plates",
-]
-
-
-class Site(NamedTuple):
-    """A scored sample site: masked, unscaled log-density and the trace's own record."""
-
-    name: str
-    origin: str  # "guide" or "model"
-    log_prob: Tensor
-    node: Any
-    is_leaf: bool
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Origin and name."""
-        return self.origin, self.name
-
-    @property
-    def sign(self) -> int:
-        """+1 for a term of the model, -1 for one of the guide."""
-        return 1 if self.origin == "model" else -1
+__all__ = ["Layout", "check_pair", "common_scale", "decide_layout", "decide_local_layout", "site_scales"]
 
 
 @dataclass(frozen=True)
@@ -68,55 +33,6 @@ class Layout:
     dims: frozenset[int]
     constants: frozenset[tuple[str, str]]
     leaves: tuple[str, ...]
-
-
-def is_leaf(site: Any) -> bool:
-    """Tell whether a guide site is truly random: a sample, not observed, no subsample index, no ``Delta``."""
-    if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
-        return False
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return not isinstance(fn, dist.Delta)
-
-
-def base_distribution(fn: Any) -> Any:
-    """Return the distribution that others are wrapped around."""
-    while hasattr(fn, "base_dist") and not isinstance(fn, dist.Rejector):
-        fn = fn.base_dist
-    return fn
-
-
-def base_name(fn: Any) -> str:
-    """Name the distribution that others are wrapped around."""
-    return type(base_distribution(fn)).__name__
-
-
-def is_reparameterized(site: Any) -> bool:
-    """Tell whether a leaf's whole gradient flows through its value; a ``Rejector``'s does only in part."""
-    return site["fn"].has_rsample and not isinstance(base_distribution(site["fn"]), dist.Rejector)
-
-
-def vectorized_plates(site: Any) -> dict[str, Any]:
-    """Return the vectorised plates of a site by name, without those that hold the particles."""
-    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in (PARTICLE_PLATE, LOCAL_PLATE)}
-
-
-def is_flow(fn: Any) -> bool:
-    """Tell whether a distribution is a learned flow, whose inverse may be slow or missing."""
-    while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return any(isinstance(t, torch.nn.Module) for t in getattr(fn, "transforms", ()))
-
-
-def _factor(frame: Any) -> float:
-    """N/B of a plate."""
-    return 1.0 if frame.full_size is None or frame.full_size == frame.size else frame.full_size / frame.size
-
-
-def own_scale(site: Any) -> float:
-    """N/B of all plates around a site."""
-    return math.prod(_factor(frame) for frame in site["cond_indep_stack"])
 
 
 def _scored(trace: Any) -> dict[str, Any]:
@@ -197,7 +113,7 @@ def decide_layout(
     kept = set(frames) - set(outsiders) if requested is None else set(requested)
     constants = {key for key, site in sites.items() if kept - set(vectorized_plates(site))}
     for key, site in sites.items():
-        inner = [f for f in site["cond_indep_stack"] if _factor(f) != 1 and f.name not in kept]
+        inner = [f for f in site["cond_indep_stack"] if plate_factor(f) != 1 and f.name not in kept]
         if inner and not linear and key not in constants:
             if key in dependents():
                 raise ValueError(_scale_inside(inner[0], key[1], outsiders))
@@ -246,7 +162,7 @@ def decide_local_layout(
                 "so the elements are not independent given what is outside. Leave local_particles at 1."
             )
         for f in site["cond_indep_stack"]:
-            if _factor(f) != 1 and ((key in inside and f.name not in plates) or not linear):
+            if plate_factor(f) != 1 and ((key in inside and f.name not in plates) or not linear):
                 raise ValueError(_scale_inside(f, key[1], {}))
     ordered = tuple(sorted(plates, key=lambda name: frames[name].dim))
     return Layout(ordered, frozenset(frames[name].dim for name in plates), frozenset(), leaves)
@@ -337,7 +253,7 @@ def site_scales(
         return [], 1.0, False
     user = [_user_scale(site) for site in sites]
     subsampled = {f.name: f for site in sites for f in site.node["cond_indep_stack"] if f.name in layout.plates}
-    outside: float | Tensor = math.prod(_factor(f) for f in subsampled.values())
+    outside: float | Tensor = math.prod(plate_factor(f) for f in subsampled.values())
     inside: list[float | Tensor]
     annealed: bool | Tensor
     if any(isinstance(scale, Tensor) for scale in user):
@@ -351,7 +267,7 @@ def site_scales(
     for i, site in enumerate(sites):
         if not site.node["cond_indep_stack"]:
             continue
-        factor = math.prod(_factor(f) for f in site.node["cond_indep_stack"] if f.name not in layout.plates)
+        factor = math.prod(plate_factor(f) for f in site.node["cond_indep_stack"] if f.name not in layout.plates)
         if factor != 1:
             inside[i] = inside[i] * factor
     return inside, outside, annealed

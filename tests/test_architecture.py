@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_elbo_ext"
 FLOORS = [
     {"bounds", "tracing"},
+    {"sites"},
     {"plates"},
     {"dependencies", "handlers"},
     {"particles"},

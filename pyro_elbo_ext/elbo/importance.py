@@ -12,11 +12,10 @@ from torch import Tensor
 from pyro_elbo_ext.bounds import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, Bound, FunctionBound
 from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.elbo.local import LocalSampler, local_attached, local_replayed
+from pyro_elbo_ext.gradients.choice import ESTIMATORS, Choice, Gradient, choose, parse_gradient
 from pyro_elbo_ext.gradients.pathwise import (
     DoublyReparameterized,
     Estimate,
-    Estimator,
-    Pathwise,
     StickingTheLanding,
     Weights,
     attached,
@@ -25,9 +24,9 @@ from pyro_elbo_ext.gradients.pathwise import (
     check_scored,
     replayed,
 )
-from pyro_elbo_ext.gradients.score import OVIS, VIMCO, Reinforce, Signal
+from pyro_elbo_ext.gradients.score import Signal
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import is_flow, is_reparameterized
+from pyro_elbo_ext.sites import is_reparameterized
 
 __all__ = [
     "CIWAE_ELBO",
@@ -38,46 +37,6 @@ __all__ = [
     "PIWAE_ELBO",
     "VRIWAE_ELBO",
 ]
-
-ESTIMATORS: dict[str, Estimator] = {e.name: e for e in (Pathwise(), StickingTheLanding(), DoublyReparameterized())}
-SIGNALS: dict[str, Signal] = {s.name: s for s in (Reinforce(), VIMCO(), OVIS())}
-Gradient = str | Estimator | Signal | tuple[str | Estimator, str | Signal]
-
-
-class Choice(NamedTuple):
-    """The estimators for a guide: one for its reparameterised sites, a signal for the others, and why."""
-
-    estimator: Estimator
-    signal: Signal | None
-    reason: str
-
-    @property
-    def name(self) -> str:
-        """What ``gradient=`` calls the pair."""
-        return self.estimator.name if self.signal is None else f"{self.estimator.name}+{self.signal.name}"
-
-
-def parse_gradient(gradient: Gradient) -> tuple[Estimator | None, Signal | None]:
-    """Return the estimator and the signal that ``gradient=`` names; None for what it leaves to choose.
-
-    Raises:
-        ValueError: an unknown name, or two of a kind.
-    """
-    parts: Sequence[Any] = gradient.split("+") if isinstance(gradient, str) else (gradient,)
-    if isinstance(gradient, tuple):
-        parts = gradient
-    found = [ESTIMATORS.get(part, SIGNALS.get(part)) if isinstance(part, str) else part for part in parts]
-    if gradient == "auto":
-        return None, None
-    estimators = [part for part in found if isinstance(part, Estimator)]
-    signals = [part for part in found if isinstance(part, Signal)]
-    if len(estimators) > 1 or len(signals) > 1 or len(estimators) + len(signals) != len(found):
-        paths, scores = (", ".join(f'"{name}"' for name in names) for names in (ESTIMATORS, SIGNALS))
-        raise ValueError(
-            f'gradient must be one of "auto", {paths} (reparameterised sites), {scores} (others), one of each as in '
-            f'"dreg+vimco", or such objects; got {gradient!r}'
-        )
-    return estimators[0] if estimators else None, signals[0] if signals else None
 
 
 class Explanation(NamedTuple):
@@ -159,23 +118,8 @@ class ImportanceWeighted_ELBO(ParticleELBO):
 
     def _choose(self, draws: Sequence[Draw]) -> Choice:
         nodes = {name: draws[0].traces.guide.nodes[name] for name in draws[0].leaves}
-        reparameterized = [name for name, node in nodes.items() if is_reparameterized(node)]
-        flow = next((name for name in reparameterized if is_flow(nodes[name]["fn"])), None)
-        signal = self._signal
-        if signal is None and self.gradient == "auto" and self._scores:
-            signal = SIGNALS["vimco" if self._several else "score"]
-        if len(reparameterized) == len(nodes):
-            signal = None
-        if self._estimator is not None:
-            return Choice(self._estimator, signal, "asked for")
-        if not self._several:
-            return Choice(ESTIMATORS["pathwise"], signal, "one particle: the total derivative, as Pyro's Trace_ELBO")
-        if flow is not None:
-            return Choice(ESTIMATORS["pathwise"], signal, f"'{flow}' is a flow, whose inverse may be slow or missing")
-        if nodes and not reparameterized:
-            return Choice(ESTIMATORS["pathwise"], signal, "no site is reparameterised: nothing but the score")
-        reason = "reparameterised sites, several particles: unbiased with the least variance"
-        return Choice(ESTIMATORS["dreg"], signal, reason)
+        automatic = self.gradient == "auto" and self._scores
+        return choose(self._estimator, self._signal, automatic, self._several, nodes)
 
     @property
     def _scores(self) -> bool:

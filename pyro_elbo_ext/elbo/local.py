@@ -36,7 +36,8 @@ from pyro_elbo_ext.gradients.pathwise import (
     with_leaf_scale,
 )
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
-from pyro_elbo_ext.plates import Layout, Site, decide_local_layout, site_scales
+from pyro_elbo_ext.plates import Layout, decide_local_layout, site_scales
+from pyro_elbo_ext.sites import Site
 from pyro_elbo_ext.tracing import LOCAL_PLATE, Traces
 
 __all__ = ["LocalParticles", "LocalSampler", "local_attached", "local_replayed"]

@@ -16,7 +16,8 @@ from pyro_elbo_ext.dependencies import dependencies
 from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.gradients.pathwise import Estimate, check_reparameterized
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import Layout, Site
+from pyro_elbo_ext.plates import Layout
+from pyro_elbo_ext.sites import Site
 
 __all__ = ["BoundTerms", "MeanField_ELBO"]
 

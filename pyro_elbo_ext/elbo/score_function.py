@@ -19,7 +19,8 @@ from pyro_elbo_ext.gradients.pathwise import Estimate
 from pyro_elbo_ext.gradients.sites import SiteGradient, Step
 from pyro_elbo_ext.handlers import DetachScored, Enumerate
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
-from pyro_elbo_ext.plates import Layout, Site
+from pyro_elbo_ext.plates import Layout
+from pyro_elbo_ext.sites import Site
 
 __all__ = ["ScoreFunction_ELBO", "SiteExplanation"]
 

@@ -26,7 +26,7 @@ from pyro_elbo_ext.gradients.pathwise import (
 )
 from pyro_elbo_ext.handlers import DetachLeaves
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import is_leaf
+from pyro_elbo_ext.sites import is_leaf
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, run_guide
 
 __all__ = ["ReweightedWakeSleep_ELBO"]

@@ -21,7 +21,7 @@ from pyro_elbo_ext.dependencies import Dependencies
 from pyro_elbo_ext.gradients.costs import Graph
 from pyro_elbo_ext.gradients.sites import BernoulliGradient, Bits, Step, sampled_ancestors, undisturbed
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import base_distribution, is_reparameterized
+from pyro_elbo_ext.sites import base_distribution, is_reparameterized
 
 __all__ = ["DisARM"]
 

@@ -25,7 +25,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import Dependencies, Key, reach
-from pyro_elbo_ext.plates import Site, is_reparameterized, own_scale, vectorized_plates
+from pyro_elbo_ext.sites import Site, is_reparameterized, own_scale, vectorized_plates
 
 __all__ = ["Costs", "Graph", "SiteCost", "make_graph"]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
-from pyro_elbo_ext.plates import base_name, is_reparameterized
+from pyro_elbo_ext.sites import base_name, is_reparameterized
 
 __all__ = [
     "DoublyReparameterized",

@@ -19,7 +19,7 @@ from pyro_elbo_ext.dependencies import Dependencies, descendants
 from pyro_elbo_ext.gradients.costs import Costs, Graph
 from pyro_elbo_ext.gradients.memory import Memory
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.plates import base_distribution, base_name, is_reparameterized
+from pyro_elbo_ext.sites import base_distribution, base_name, is_reparameterized
 
 __all__ = ["BernoulliGradient", "Bits", "SiteGradient", "Step"]
 

@@ -1,0 +1,83 @@
+"""What ``gradient=`` means: names of estimators, and which one a guide is given where none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimator, Pathwise, StickingTheLanding
+from pyro_elbo_ext.gradients.score import OVIS, VIMCO, Reinforce, Signal
+from pyro_elbo_ext.sites import is_flow, is_reparameterized
+
+__all__ = ["ESTIMATORS", "SIGNALS", "Choice", "Gradient", "choose", "parse_gradient"]
+
+ESTIMATORS: dict[str, Estimator] = {e.name: e for e in (Pathwise(), StickingTheLanding(), DoublyReparameterized())}
+SIGNALS: dict[str, Signal] = {s.name: s for s in (Reinforce(), VIMCO(), OVIS())}
+Gradient = str | Estimator | Signal | tuple[str | Estimator, str | Signal]
+
+
+class Choice(NamedTuple):
+    """The estimators for a guide: one for its reparameterised sites, a signal for the others, and why."""
+
+    estimator: Estimator
+    signal: Signal | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What ``gradient=`` calls the pair."""
+        return self.estimator.name if self.signal is None else f"{self.estimator.name}+{self.signal.name}"
+
+
+def parse_gradient(gradient: Gradient) -> tuple[Estimator | None, Signal | None]:
+    """Return the estimator and the signal that ``gradient=`` names; None for what it leaves to choose.
+
+    Raises:
+        ValueError: an unknown name, or two of a kind.
+    """
+    parts: Sequence[Any] = gradient.split("+") if isinstance(gradient, str) else (gradient,)
+    if isinstance(gradient, tuple):
+        parts = gradient
+    found = [ESTIMATORS.get(part, SIGNALS.get(part)) if isinstance(part, str) else part for part in parts]
+    if gradient == "auto":
+        return None, None
+    estimators = [part for part in found if isinstance(part, Estimator)]
+    signals = [part for part in found if isinstance(part, Signal)]
+    if len(estimators) > 1 or len(signals) > 1 or len(estimators) + len(signals) != len(found):
+        paths, scores = (", ".join(f'"{name}"' for name in names) for names in (ESTIMATORS, SIGNALS))
+        raise ValueError(
+            f'gradient must be one of "auto", {paths} (reparameterised sites), {scores} (others), one of each as in '
+            f'"dreg+vimco", or such objects; got {gradient!r}'
+        )
+    return estimators[0] if estimators else None, signals[0] if signals else None
+
+
+def choose(
+    estimator: Estimator | None, signal: Signal | None, automatic: bool, several: bool, nodes: Mapping[str, Any]
+) -> Choice:
+    """Return what a guide's gradient is estimated by.
+
+    Args:
+        estimator: asked for at reparameterised sites, or None.
+        signal: asked for at the others, or None.
+        automatic: choose a signal too where one is needed.
+        several: the bound is over more than one particle.
+        nodes: the guide's random sites by name.
+    """
+    reparameterized = [name for name, node in nodes.items() if is_reparameterized(node)]
+    flow = next((name for name in reparameterized if is_flow(nodes[name]["fn"])), None)
+    if signal is None and automatic:
+        signal = SIGNALS["vimco" if several else "score"]
+    if len(reparameterized) == len(nodes):
+        signal = None
+    if estimator is not None:
+        return Choice(estimator, signal, "asked for")
+    if not several:
+        return Choice(ESTIMATORS["pathwise"], signal, "one particle: the total derivative, as Pyro's Trace_ELBO")
+    if flow is not None:
+        return Choice(ESTIMATORS["pathwise"], signal, f"'{flow}' is a flow, whose inverse may be slow or missing")
+    if nodes and not reparameterized:
+        return Choice(ESTIMATORS["pathwise"], signal, "no site is reparameterised: nothing but the score")
+    return Choice(
+        ESTIMATORS["dreg"], signal, "reparameterised sites, several particles: unbiased with the least variance"
+    )
