@@ -186,8 +186,9 @@ class IWAE(Bound):
         return torch.softmax(log_w, 0).square()
 
     def leave_one_out(self, log_w: Tensor, fill: str = "geometric") -> Tensor:
-        """Return the signal at a cost linear in the number of particles."""
+        """Return the signal at a cost linear in the number of particles, to the digits of the largest weight."""
         _check_fill(log_w, fill)
+        log_w = log_w - log_w.detach().amax(0).clamp(min=torch.finfo(log_w.dtype).min)  # shifts both terms alike
         without = torch.logaddexp(_log_sum_exp_of_others(log_w), _fill(log_w, fill))
         return self(log_w) - (without - math.log(log_w.shape[0]))
 

@@ -26,7 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
-from pyro_elbo_ext.dependencies import dependencies
+from pyro_elbo_ext.dependencies import Dependencies, dependencies
 from pyro_elbo_ext.plates import Layout, check_pair, common_scale, decide_layout, site_scales
 from pyro_elbo_ext.sites import Site, is_flow, is_leaf, is_reparameterized
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, run_pair
@@ -125,7 +125,6 @@ class ParticleSampler:
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _example: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)  # for dtype and device
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
-    _invalid: Tensor | None = None  # the same, where it counts as zero for being no number
 
     @property
     def particle_dims(self) -> int:
@@ -202,7 +201,7 @@ class ParticleSampler:
             for name, site in trace.nodes.items()
             if site["type"] == "sample"
         )
-        key = self.structure = (self.model, self.guide, sites)
+        key = self.structure = (self.model, self.guide, self._switches(), sites)
         layout = self.layouts.get(key)
         if layout is None:
             check_pair(traces)
@@ -212,11 +211,21 @@ class ParticleSampler:
             self.structure_is_new = True
         return layout
 
+    def _switches(self) -> tuple[str | bool | None, ...]:
+        """What may change the dependencies and leave the sites: arguments that are no numbers, train or eval mode."""
+        given = (*self.args, *self.kwargs.values())
+        flags = [repr(value) if isinstance(value, (bool, str)) or value is None else "" for value in given]
+        return (*flags, *self.kwargs, *(getattr(fn, "training", None) for fn in (self.model, self.guide)))
+
     def _decide(self, traces: Traces) -> Layout:
         return decide_layout(traces, self.plates, self.linear, self._dependencies, self.max_plate_nesting)
 
     def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
-        return dependencies(self.model, self.guide, self.args, self.kwargs).log_prob
+        return self.find_dependencies().log_prob
+
+    def find_dependencies(self) -> Dependencies:
+        """Return what the sites of a run with this step's minibatch depend on."""
+        return dependencies(self.model, self.guide, self.args, self.kwargs, self._indices)
 
     def _score(self, traces: Traces, scored: dict[str, Tensor]) -> list[Site]:
         sites = []
@@ -305,11 +314,6 @@ class ParticleSampler:
             weighted.append(self._total(inside, particles.layout))
         return torch.cat(plain), torch.cat(weighted)
 
-    @property
-    def invalid(self) -> Tensor | None:
-        """Where a particle was left out for a weight that is no number; None where none was."""
-        return self._invalid
-
     def drop(self, draws: Sequence[Draw], log_w: Tensor, bad: Tensor) -> list[Draw]:
         """Give the ``bad`` particles weight zero and the leaves of their heaviest neighbour.
 
@@ -322,7 +326,7 @@ class ParticleSampler:
             log_w: their log-weights ``[num_particles, *plates]``.
             bad: of the same shape, True where the particle is to be left out.
         """
-        self._dropped, self._invalid = bad, bad & (log_w != -math.inf)
+        self._dropped = bad
         donor = log_w.detach().masked_fill(bad, -math.inf).argmax(0, keepdim=True)
         stacked = self.particle_dims > 0
         patched: list[dict[str, Tensor]] = [dict(draw.leaves) for draw in draws]

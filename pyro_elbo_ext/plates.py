@@ -105,7 +105,9 @@ def decide_layout(
     sites, frames, leaves = _survey(traces, max_plate_nesting)
     if not leaves:
         return Layout((), frozenset(), frozenset(sites), ())
-    dependents = cache(lambda: {key for key, upstream in find_dependencies().items() if upstream})
+    find_dependencies_once = cache(find_dependencies)
+    # A site that the dependency run did not meet, for the program changes with its values, counts as dependent.
+    dependents = cache(lambda: {key for key in sites if find_dependencies_once().get(key, True)})
     outsiders = _outsiders(sites, leaves, frames, dependents)
     for plate in requested or ():
         if plate not in frames or plate in outsiders:
@@ -155,7 +157,7 @@ def decide_local_layout(
         )
     depends = find_dependencies()
     for key, site in sites.items():
-        upstream = depends.get(key, frozenset()) & local
+        upstream = depends.get(key, frozenset(leaves)) & local
         if key not in inside and upstream:
             raise ValueError(
                 f"{key[0]} site '{key[1]}' is outside plates={tuple(plates)} but depends on '{min(upstream)}' inside, "

@@ -112,8 +112,8 @@ class FloatLoss(ReweightedWakeSleep):
 class NoPathWeight(VIMCO):
     """A signal with the particle's own weight added back: S in place of S - v."""
 
-    def control(self, bound, log_w):
-        return super().control(bound, log_w) - bound.path_weights(log_w)
+    def __call__(self, bound, log_w):
+        return super().__call__(bound, log_w) + bound.path_weights(log_w)
 
 
 def test_a_loss_that_raises_fails_instead_of_stopping_the_suite():

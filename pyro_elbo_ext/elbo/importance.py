@@ -93,6 +93,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
     ) -> None:
         super().__init__(num_particles, plates, vectorize_particles, max_plate_nesting, nonfinite, retain_graph)
         self._estimator, self._signal = parse_gradient(gradient)
+        self._known_signals: set[Signal] = set()
         if not hasattr(self, "bound"):
             raise TypeError(f"{type(self).__name__} must define bound(self, log_w), a function of log-weights")
         self.gradient = gradient
@@ -135,7 +136,9 @@ class ImportanceWeighted_ELBO(ParticleELBO):
             return
         check_not_enumerated(draws)
         site = check_scored(draws)
-        choice.signal.check(self._guide_bound, self.num_particles, site)
+        if choice.signal not in self._known_signals:  # a look at values, once
+            choice.signal.check(self._guide_bound, self.num_particles, site)
+            self._known_signals.add(choice.signal)
         mixed = any(is_reparameterized(draws[0].traces.guide.nodes[name]) for name in draws[0].leaves)
         if mixed and isinstance(choice.estimator, StickingTheLanding) and not self._guide_bound.linear:
             raise ValueError(

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
@@ -31,7 +30,7 @@ from pyro_elbo_ext.gradients.pathwise import (
     DoublyReparameterized,
     Estimate,
     Estimator,
-    check_repeatable,
+    check_once,
     finite,
     with_leaf_scale,
 )
@@ -189,8 +188,8 @@ def local_replayed(
         particles = cast(LocalParticles, sampler.evaluate(draws, leaves))
         log_w = particles.log_weight
         own = particles.global_joint - particles.global_guide
-    if sampler.structure_is_new and is_validation_enabled():
-        check_repeatable(draws, particles)
+    if sampler.structure_is_new:
+        check_once(sampler, draws, particles, estimator)
     totals = _totals(particles, bound).detach()
     share = outer.path_weights(totals)
     each = share.reshape((1, -1) + (1,) * (log_w.dim() - 2)) * particles.scale

@@ -12,7 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import biject_to, kl_divergence
 
-from pyro_elbo_ext.dependencies import dependencies
+from pyro_elbo_ext.dependencies import completed
 from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.gradients.pathwise import Estimate, check_reparameterized
 from pyro_elbo_ext.particles import Draw, ParticleSampler
@@ -142,7 +142,7 @@ class MeanField_ELBO(ParticleELBO):
         if key not in self._closed:
             if len(self._closed) > 100:  # models made anew for every call must not pile up
                 self._closed.clear()
-            found = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
+            found = completed(sampler.find_dependencies(), by_key, layout.leaves)
             self._closed[key] = frozenset(name for name in alike if _has_closed_form(name, by_key, found))
         return self._closed[key]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.dependencies import Dependencies, dependencies
+from pyro_elbo_ext.dependencies import Dependencies
 from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.gradients.antithetic import DisARM
 from pyro_elbo_ext.gradients.baselines import Baseline, PyroBaseline, make_baseline
@@ -164,7 +164,8 @@ class ScoreFunction_ELBO(ParticleELBO):
         weight = probability.detach() if isinstance(probability, Tensor) else probability
         surrogate = (weight * coefficient * costs.scores[name]).sum() / self.num_particles
         if value.requires_grad:
-            surrogate = surrogate - (site.cost - value).square().sum() / self.num_particles
+            error = (site.cost - value) * baseline.unit(site)
+            surrogate = surrogate - error.square().sum() / self.num_particles
         baseline.update(site, signal)
         return surrogate
 
@@ -181,7 +182,7 @@ class ScoreFunction_ELBO(ParticleELBO):
         """Return what depends on what, found once for each structure."""
         key = sampler.model, sampler.guide, structure
         if key not in self._dependencies:
-            self._dependencies[key] = dependencies(sampler.model, sampler.guide, sampler.args, sampler.kwargs)
+            self._dependencies[key] = sampler.find_dependencies()
         return self._dependencies[key]
 
     @torch.no_grad()

@@ -11,13 +11,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import IWAE
 from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.gradients.pathwise import (
+    DoublyReparameterized,
     Estimate,
-    Estimator,
     Weights,
     check_not_enumerated,
     check_reparameterized,
@@ -26,14 +27,18 @@ from pyro_elbo_ext.gradients.pathwise import (
 )
 from pyro_elbo_ext.handlers import DetachLeaves
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.sites import is_leaf
-from pyro_elbo_ext.tracing import PARTICLE_PLATE, run_guide
+from pyro_elbo_ext.sites import base_distribution, is_leaf
+from pyro_elbo_ext.tracing import PARTICLE_PLATE, forked_rng, run_guide
 
 __all__ = ["ReweightedWakeSleep_ELBO"]
 
 
-class _WakePhi(Estimator):
-    """Wake-phi turned into a path derivative: v - v^2 in place of the score's v."""
+class _WakePhi(DoublyReparameterized):
+    r"""Wake-phi turned into a path derivative, :math:`v - v^2` in place of the score's v.
+
+    The guide's own bound is constant, so that of the doubly reparameterised path weight only the slope is left, minus;
+    a scale b inside the weights then multiplies it as it does the score.
+    """
 
     name = "wake-phi dreg"
 
@@ -42,7 +47,8 @@ class _WakePhi(Estimator):
 
     def weights(self, bound: Any, log_w: Tensor) -> Weights:
         v = bound.path_weights(log_w)
-        return Weights(v, self.share * (v - bound.doubly_reparameterized_weights(log_w)), None)
+        slope = v - bound.doubly_reparameterized_weights(log_w)
+        return Weights(v, self.share * slope, None, torch.zeros_like(v))
 
 
 class ReweightedWakeSleep_ELBO(ParticleELBO):
@@ -74,8 +80,9 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
         retain_graph: passed to ``backward``.
 
     Raises:
-        ValueError: fewer than two particles, ``insomnia`` outside [0, 1]; when run, a guide that cannot dream, or one
-            that is not reparameterised under "dreg".
+        ValueError: fewer than two particles, ``insomnia`` outside [0, 1]; when run, a guide that cannot dream, one
+            whose parameters act through a ``Delta`` site on a random value (``AutoStructured``, non-centred guides), or
+            one that is not reparameterised under "dreg".
 
     References:
         Reweighted Wake-Sleep (Bornschein, Bengio, 2014, arXiv:1406.2751); Revisiting Reweighted Wake-Sleep for Models
@@ -122,6 +129,8 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
         check_not_enumerated(draws)
         estimate = self._wake(sampler, draws)
+        if sampler.structure_is_new and draws[0].leaves:
+            _check_deltas(sampler)
         if self.insomnia == 1 or not torch.is_grad_enabled():
             return estimate
         dreams = (1 - self.insomnia) * self._sleep(sampler)
@@ -155,6 +164,12 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
                 traces = run_guide(
                     wrapped(poutine.uncondition(sampler.model)), sampler.args, sampler.kwargs, sampler.indices
                 )
+            for name, site in traces.guide.nodes.items():
+                if site["type"] == "sample" and isinstance(base_distribution(site["fn"]), pyro.distributions.Unit):
+                    raise ValueError(
+                        f"model site '{name}' is a pyro.factor, which cannot be dreamt. Write it as an observation, or "
+                        "use insomnia=1."
+                    )
             dream = {name: site for name, site in traces.guide.nodes.items() if site["type"] == "sample"}
             seen = {name: site["value"] for name, site in dream.items() if site["infer"].get("was_observed")}
             held = {name: site["value"] for name, site in dream.items() if name not in seen}
@@ -171,6 +186,23 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
                         total + scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
                     )
         return total / size
+
+
+def _check_deltas(sampler: ParticleSampler) -> None:
+    """Refuse a guide whose parameters act on a latent through a ``Delta``, where they have no density to learn from."""
+    with forked_rng():
+        nodes = sampler.draw_given({}, DetachLeaves()).traces.guide.nodes
+    for name, site in nodes.items():
+        if site["type"] != "sample" or is_leaf(site) or site["is_observed"] or site_is_subsample(site):
+            continue
+        parts = (site["value"], getattr(base_distribution(site["fn"]), "log_density", None))
+        attached = any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+        if attached and sampler.find_dependencies().log_prob["guide", name]:
+            raise ValueError(
+                f"guide site '{name}' is computed from a random value by parameters of the guide, as in a non-centred "
+                "guide: they have no density at a given value, so wake-sleep cannot train them. Draw the site from a "
+                "distribution with those parameters, or use IWAE_ELBO."
+            )
 
 
 def _check_dreams(guide: Callable) -> None:

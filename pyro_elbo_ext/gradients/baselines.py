@@ -51,6 +51,10 @@ class Baseline(nn.Module):
     def update(self, site: SiteCost, signal: Tensor) -> None:
         """Take note of a step's cost and signal, in place, after both were used."""
 
+    def unit(self, site: SiteCost) -> float:
+        """Return what costs are multiplied by in the squared distance that a network is trained on."""
+        return 1.0
+
     def register(self) -> None:
         """Make the parameters, if any, known to Pyro."""
 
@@ -143,27 +147,36 @@ class RunningMean(Memory, Baseline):
 
     def _average(self, site: SiteCost, observed: Tensor) -> None:
         total, weight = self._tables(site)
+        mean = observed.mean() if not self.plates else self._means(site, observed)
+        one = torch.where(mean.isfinite(), torch.ones_like(mean), mean)
         if not self.plates:
-            total.mul_(self.decay).add_((1 - self.decay) * observed.mean())
-            weight.mul_(self.decay).add_(1 - self.decay)
+            self.average(total, mean, self.decay)
+            self.average(weight, one, self.decay)
             return
+        rows = self._rows(site)
+        for table, seen in ((total, mean), (weight, one)):
+            part = table[rows]
+            self.average(part, seen, self.decay)
+            table[rows] = part
+
+    def _means(self, site: SiteCost, observed: Tensor) -> Tensor:
+        """Average over all but the named plates, in the order of their names."""
         dims = [site.plates[plate] for plate in self.plates]
         others = [d for d in range(-observed.dim(), 0) if d not in dims]
         mean = observed.mean(others) if others else observed
         order = sorted(range(len(dims)), key=lambda i: dims[i])
-        mean = mean.permute([order.index(i) for i in range(len(dims))])
-        rows = self._rows(site)
-        total[rows] = self.decay * total[rows] + (1 - self.decay) * mean
-        weight[rows] = self.decay * weight[rows] + (1 - self.decay)
+        return mean.permute([order.index(i) for i in range(len(dims))])
 
 
 class Neural(Baseline):
     """A network's prediction of the cost from the data, or from anything that is not downstream of the site.
 
+    With ``loss(model, guide)`` and an optimiser of torch, give that optimiser ``net.parameters()`` as well.
+
     Args:
         net: maps the inputs to the cost; its output, less a last dimension of size 1, broadcasts to ``[*plates]``.
         inputs: what to give it at a site, such as ``lambda site: site.args[0][site.indices["data"]]``.
-        name: under which the network stands in Pyro's param store.
+        name: under which the network stands in Pyro's param store; two of one name are one network.
 
     References:
         Neural Variational Inference and Learning in Belief Networks (Mnih, Gregor, 2014, arXiv:1402.0030).
@@ -181,8 +194,8 @@ class Neural(Baseline):
         return found.squeeze(-1) if found.dim() and found.shape[-1] == 1 else found
 
     def register(self) -> None:
-        """Register the network, whose parameters the optimiser then trains."""
-        pyro.module(self.name, self.net)
+        """Register the network, whose parameters the optimiser then trains; what the store holds is taken over."""
+        pyro.module(self.name, self.net, update_module_params=True)
 
 
 class NVIL(Baseline):
@@ -273,8 +286,12 @@ class PyroBaseline(Memory, Baseline):
     def update(self, site: SiteCost, signal: Tensor) -> None:
         """Average the scaled cost in."""
         if site.options.get("use_decaying_avg_baseline"):
-            beta = site.options.get("baseline_beta", 0.9)
-            self.recall(site.name, site.cost).mul_(beta).add_((1 - beta) * site.scale * site.cost.mean())
+            kept = self.recall(site.name, site.cost)
+            self.average(kept, site.scale * site.cost.mean(), site.options.get("baseline_beta", 0.9))
+
+    def unit(self, site: SiteCost) -> float:
+        """Return N/B: Pyro's networks are trained on the scaled cost."""
+        return site.scale
 
 
 def _detached(value: Any) -> Any:

@@ -11,6 +11,7 @@ from pyro_elbo_ext.sites import is_flow, is_reparameterized
 
 __all__ = ["ESTIMATORS", "SIGNALS", "Choice", "Gradient", "choose", "parse_gradient"]
 
+ELBO_ONLY = ("disarm", "double-cv", "rebar", "relax")
 ESTIMATORS: dict[str, Estimator] = {e.name: e for e in (Pathwise(), StickingTheLanding(), DoublyReparameterized())}
 SIGNALS: dict[str, Signal] = {s.name: s for s in (Reinforce(), VIMCO(), OVIS())}
 Gradient = str | Estimator | Signal | tuple[str | Estimator, str | Signal]
@@ -41,6 +42,11 @@ def parse_gradient(gradient: Gradient) -> tuple[Estimator | None, Signal | None]
     found = [ESTIMATORS.get(part, SIGNALS.get(part)) if isinstance(part, str) else part for part in parts]
     if gradient == "auto":
         return None, None
+    if any(part in ELBO_ONLY for part in parts if isinstance(part, str)):
+        raise ValueError(
+            f"gradient={gradient!r} estimates the ELBO's gradient and has no rule for this bound. Use "
+            f'ScoreFunction_ELBO(gradient={gradient!r}), or gradient="vimco" here.'
+        )
     estimators = [part for part in found if isinstance(part, Estimator)]
     signals = [part for part in found if isinstance(part, Signal)]
     if len(estimators) > 1 or len(signals) > 1 or len(estimators) + len(signals) != len(found):

@@ -106,8 +106,8 @@ class DoubleControlVariates(BernoulliGradient):
         """Return a from the steps before this one, then take this one in."""
         cross, square = self.recall(f"{name}.cross", plain), self.recall(f"{name}.square", plain)
         a = cross / square.clamp(min=torch.finfo(square.dtype).tiny)
-        for moment, seen in ((cross, plain * control), (square, control.square())):
-            moment.mul_(self.decay).add_((1 - self.decay) * seen.sum())
+        self.average(cross, (plain * control).sum(), self.decay)
+        self.average(square, control.square().sum(), self.decay)
         return a
 
 
@@ -129,12 +129,13 @@ class REBAR(BernoulliGradient):
         - \frac{\partial c(\tilde z)}{\partial \alpha}
 
     The factor :math:`\eta` and the temperature :math:`\lambda` of each site are trained on the spread of g, by the
-    optimiser of ``SVI``: they are registered in Pyro's param store. Every sampled site must be a Bernoulli that
-    descends from no other; the model must take values between 0 and 1.
+    optimiser of ``SVI``: they are registered in Pyro's param store. With ``loss(model, guide)`` and an optimiser of
+    torch, run the loss once and give that optimiser this object's ``parameters()`` as well. Every sampled site must be
+    a Bernoulli that descends from no other; the model must take values between 0 and 1.
 
     Args:
         temperature: at the start, positive.
-        name: under which the parameters stand in Pyro's param store.
+        name: under which the parameters stand in Pyro's param store; two objects of one name share them.
 
     References:
         REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models (Tucker, Mnih, Maddison,
@@ -174,7 +175,7 @@ class REBAR(BernoulliGradient):
         """Return the sum of every site's g times its logits, and what trains the control variate."""
         bits = {name: Bits(step, name) for name in step.graph.scored}
         self._prepare(bits)
-        pyro.module(self.param_name, self)
+        pyro.module(self.param_name, self, update_module_params=True)
         alphas = {name: site.logits.detach().requires_grad_() for name, site in bits.items()}
         free, given = self._noise(bits, alphas, conditional=False), self._noise(bits, alphas, conditional=True)
         c_free, slopes_free = self._control(step, bits, alphas, free)
@@ -273,6 +274,8 @@ class RELAX(REBAR):
         self, surrogate: Callable[[int], nn.Module] | None = None, temperature: float = 0.5, name: str = "relax"
     ) -> None:
         super().__init__(temperature, name)
+        if surrogate is not None and not callable(surrogate):
+            raise ValueError(f"surrogate must be a function from a size to a network, got {surrogate!r}")
         self.make_surrogate = surrogate or _one_hidden_layer
         self.surrogates = nn.ModuleDict()
 

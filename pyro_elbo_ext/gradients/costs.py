@@ -24,7 +24,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_elbo_ext.dependencies import Dependencies, Key, reach
+from pyro_elbo_ext.dependencies import Dependencies, Key, completed, reach
 from pyro_elbo_ext.sites import Site, is_reparameterized, own_scale, vectorized_plates
 
 __all__ = ["Costs", "Graph", "SiteCost", "make_graph"]
@@ -89,6 +89,7 @@ def make_graph(sites: Sequence[Site], found: Dependencies, enumerated: Mapping[s
     """
     plates = {site.key: {name: f.dim for name, f in vectorized_plates(site.node).items()} for site in sites}
     names = {key: frozenset(dims) for key, dims in plates.items()}
+    found = completed(found, names, [site.name for site in sites if site.is_leaf])
     for key in found.log_prob:
         names.setdefault(key, frozenset())
     scored = tuple(s.name for s in sites if s.is_leaf and not is_reparameterized(s.node) and s.name not in enumerated)

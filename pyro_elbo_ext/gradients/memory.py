@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Memory"]
@@ -18,10 +19,23 @@ class Memory(nn.Module):
         self._memory: dict[str, Tensor] = {}
 
     def recall(self, key: str, example: Tensor, shape: Sequence[int] = ()) -> Tensor:
-        """Return the tensor under a key, zeros like the example at first."""
-        if key not in self._memory:
-            self._memory[key] = example.new_zeros(tuple(shape))
-        return self._memory[key]
+        """Return the tensor under a key, zeros like the example at first.
+
+        Raises:
+            ValueError: it has another shape, from another model.
+        """
+        kept = self._memory.setdefault(key, example.new_zeros(tuple(shape)))
+        if kept.shape != tuple(shape):
+            raise ValueError(
+                f"{type(self).__name__} remembers '{key}' with shape {tuple(kept.shape)}, but it now has "
+                f"{tuple(shape)}: it was used with another model. Give each model an object of its own."
+            )
+        return kept
+
+    @staticmethod
+    def average(kept: Tensor, seen: Tensor, decay: float) -> None:
+        """Take a value into a moving average, in place; one that is not finite is left out, as its step will be."""
+        kept.copy_(torch.where(seen.isfinite(), decay * kept + (1 - decay) * seen, kept))
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return what is remembered, for ``state_dict``."""

@@ -26,7 +26,7 @@ upper ones through their values, which detaching the layers one by one would get
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -34,6 +34,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
+from pyro_elbo_ext.dependencies import descendants
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.sites import base_name, is_reparameterized
 
@@ -45,6 +46,8 @@ __all__ = [
     "StickingTheLanding",
     "Weights",
     "attached",
+    "check_masks",
+    "check_once",
     "check_not_enumerated",
     "check_repeatable",
     "check_scored",
@@ -178,7 +181,6 @@ def scored(
     """Return a surrogate whose gradient is that of log q at sites not reparameterised, times the signal."""
     with torch.no_grad():
         coefficient = signal(particles.log_weight) * particles.scale
-        coefficient = coefficient if sampler.invalid is None else coefficient.masked_fill(sampler.invalid, 0.0)
     return (coefficient * sampler.log_scores(draws, particles)[0]).sum()
 
 
@@ -208,8 +210,8 @@ def replayed(
         leaves = [{name: _copy(draw, name) for name in draw.leaves} for draw in draws]
         particles = sampler.evaluate(draws, leaves)
         log_w = particles.log_weight
-    if sampler.structure_is_new and is_validation_enabled():
-        check_repeatable(draws, particles)
+    if sampler.structure_is_new:
+        check_once(sampler, draws, particles, estimator)
     weight = with_leaf_scale(weights(log_w.detach()), estimator, particles)
     pairs = [(z, leaves[i][name]) for i, draw in enumerate(draws) for name, z in draw.leaves.items()]
     drawn, copies = [z for z, copy in pairs if copy.requires_grad], [copy for _, copy in pairs if copy.requires_grad]
@@ -258,6 +260,50 @@ def with_leaf_scale(weights: Weights, estimator: Estimator, particles: Particles
         )
     undamped = weights.path_weights if weights.path_weights is not None else weights.model
     return weights._replace(path=undamped - b * (undamped - weights.path))
+
+
+def check_once(sampler: ParticleSampler, draws: Sequence[Draw], particles: Particles, estimator: Estimator) -> None:
+    """Refuse, when a structure is first met, what would be silently wrong under an estimator that scores again."""
+    if is_validation_enabled():
+        check_repeatable(draws, particles)
+    if isinstance(estimator, DoublyReparameterized):
+        check_masks(sampler, particles)
+
+
+def check_masks(sampler: ParticleSampler, particles: Particles) -> None:
+    """Refuse a masked guide site whose value acts on sites outside the mask: its score is masked, its effect is not.
+
+    Looks at values, once for each structure.
+
+    Raises:
+        ValueError: guide site and the other site are named.
+    """
+    sites = {site.key: site for site in particles.runs[0]}
+    masked = [site for site in sites.values() if site.is_leaf and site.node["mask"] is not None]
+    if not masked:
+        return
+    found = sampler.find_dependencies()
+    below_path = descendants({s.name for s in sites.values() if s.is_leaf and is_reparameterized(s.node)}, found)
+    for site in masked:
+        if site.name not in below_path:  # its gradient is all score, and nothing is turned into a path
+            continue
+        acting = descendants({site.name}, found)
+        for key, upstream in found.log_prob.items():
+            if key in sites and upstream & acting and not _same_mask(site.node["mask"], sites[key].node["mask"]):
+                raise ValueError(
+                    f"guide site '{site.name}' is masked, but {key[0]} site '{key[1]}', which depends on it, is not "
+                    "masked alike, for which there is no doubly reparameterised gradient. Put both under one mask, or "
+                    "use gradient='pathwise'."
+                )
+
+
+def _same_mask(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        one, other = torch.broadcast_tensors(one, other)
+        return bool(torch.equal(one, other))
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def finite(log_joint: Tensor) -> Tensor:

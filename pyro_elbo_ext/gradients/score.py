@@ -43,15 +43,9 @@ class Signal:
     name: str
     min_particles: int = 2
 
-    def control(self, bound: Bound, log_w: Tensor) -> Tensor:
-        """Return :math:`c_k` at detached log-weights, ``[num_particles, *plates]``; never a function of particle k."""
-        raise NotImplementedError
-
     def __call__(self, bound: Bound, log_w: Tensor) -> Tensor:
-        """Return :math:`S_k = B - c_k` at detached log-weights ``[num_particles, *plates]``."""
-        control = self.control(bound, log_w)
-        # No control is as good as another where the others have no weight at all.
-        return bound(log_w) - torch.where(control.isfinite(), control, torch.zeros_like(control))
+        """Return :math:`S_k` at detached log-weights ``[num_particles, *plates]``; c_k knows the others only."""
+        raise NotImplementedError
 
     def check(self, bound: Bound, num_particles: int, site: str) -> None:
         """Raise a ValueError where the signal cannot be formed for a bound; ``site`` is one that needs it."""
@@ -66,6 +60,11 @@ class Signal:
         return f"{type(self).__name__}()"
 
 
+def _or_bound(signal: Tensor, bound: Bound, log_w: Tensor) -> Tensor:
+    """No control is as good as another where the others have no weight at all, which only they decide."""
+    return torch.where(signal.isfinite(), signal, bound(log_w).expand_as(log_w))
+
+
 class Reinforce(Signal):
     """No control: unbiased, and so noisy that it is of use with one particle only, where there is nothing else.
 
@@ -76,9 +75,9 @@ class Reinforce(Signal):
     name = "score"
     min_particles = 1
 
-    def control(self, bound: Bound, log_w: Tensor) -> Tensor:
-        """Return zero."""
-        return torch.zeros_like(log_w)
+    def __call__(self, bound: Bound, log_w: Tensor) -> Tensor:
+        """Return the bound itself."""
+        return bound(log_w).expand_as(log_w)
 
 
 class VIMCO(Signal):
@@ -100,9 +99,9 @@ class VIMCO(Signal):
             raise ValueError(f'fill must be "geometric" or "arithmetic", got {fill!r}')
         self.fill = fill
 
-    def control(self, bound: Bound, log_w: Tensor) -> Tensor:
-        """Return the bound with particle k replaced."""
-        return bound(log_w) - bound.leave_one_out(log_w, self.fill)
+    def __call__(self, bound: Bound, log_w: Tensor) -> Tensor:
+        """Return what the bound loses with particle k replaced."""
+        return _or_bound(bound.leave_one_out(log_w, self.fill), bound, log_w)
 
 
 class OVIS(Signal):
@@ -132,14 +131,13 @@ class OVIS(Signal):
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}: 0 is unbiased, 1 adds the wake-sleep gradient")
         self.gamma = float(gamma)
 
-    def control(self, bound: Bound, log_w: Tensor) -> Tensor:
-        """Return the bound without particle k; less the particle's own weight, as far as gamma asks for bias."""
-        value = bound(log_w)
-        without = value - bound.leave_one_out(log_w, "zero")
+    def __call__(self, bound: Bound, log_w: Tensor) -> Tensor:
+        """Return what the bound loses without particle k; its own weight more, as far as gamma asks for bias."""
+        without = _or_bound(bound.leave_one_out(log_w, "zero"), bound, log_w)
         if not self.gamma:
             return without
-        mean = value - bound.leave_one_out(log_w, "arithmetic")
-        return (1 - self.gamma) * without + self.gamma * (mean - bound.path_weights(log_w))
+        mean = _or_bound(bound.leave_one_out(log_w, "arithmetic"), bound, log_w)
+        return (1 - self.gamma) * without + self.gamma * (mean + bound.path_weights(log_w))
 
     def check(self, bound: Bound, num_particles: int, site: str) -> None:
         """Raise a ValueError for one particle, or a bound that one weight of zero makes -inf."""

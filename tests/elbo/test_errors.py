@@ -171,6 +171,7 @@ BAD_ARGUMENTS = {
         lambda: IWAE_ELBO(2, "dreg", plates=("d",), local_particles=2, global_bound="iwae"),
         "no proven weights",
     ),
+    "an estimator of the ELBO's gradient": (lambda: IWAE_ELBO(2, "disarm"), "ScoreFunction_ELBO.gradient='disarm'"),
     "two signals": (lambda: IWAE_ELBO(2, "vimco+ovis"), "gradient must be one of"),
     "no estimator": (lambda: IWAE_ELBO(2, 3.0), "gradient must be one of"),
     "a signal with local particles": (

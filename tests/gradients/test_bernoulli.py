@@ -1,6 +1,7 @@
 """Gradients for Bernoulli sites: golden spreads, exact means, less spread than leave-one-out, refusals."""
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -141,6 +142,25 @@ def test_double_control_variates_on_a_binary_vae(k):
     vae = BinaryVAE(2000)
     plain = vae.spread(ScoreFunction_ELBO(k))
     assert vae.spread(ScoreFunction_ELBO(k, gradient="double-cv")) < 0.9 * plain
+
+
+def test_relaxed_noise_agrees_with_the_bit():
+    """z > 0 where b = 1, free or given b; over b it is logistic around the logit, and moves with it as it should."""
+    logits = torch.tensor([-1.5, 0.0, 2.0])
+    bits = SimpleNamespace(value=torch.bernoulli(logits.sigmoid().expand(100_000, 3)))
+    for conditional in (False, True):
+        alpha = logits.expand(100_000, 3).clone().requires_grad_()
+        torch.manual_seed(1)
+        z = REBAR()._noise({"z": bits}, {"z": alpha}, conditional)["z"]
+        assert ((z > 0) == (bits.value == 1)).all()
+        variance = (z.detach() - logits).var(0)
+        assert ((z.detach().mean(0) - logits).abs() < 4 * (variance / 100_000).sqrt()).all()
+        assert float((variance / (math.pi**2 / 3) - 1).abs().max()) < 0.05
+        (slope,) = torch.autograd.grad(z.sum(), alpha)
+        torch.manual_seed(1)
+        moved = REBAR()._noise({"z": bits}, {"z": (alpha + 1e-6).detach()}, conditional)["z"]
+        expected = (moved - z.detach()) / 1e-6 if conditional else torch.ones_like(slope)
+        torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [REBAR, RELAX])
