@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from timing import compare, versions
 from torch import Tensor, nn
 
 from pyro_elbo_ext import CIWAE_ELBO, IWAE_ELBO, MIWAE_ELBO, PIWAE_ELBO, VRIWAE_ELBO, MeanField_ELBO
@@ -88,33 +87,6 @@ def ten_latents(device: str) -> tuple[Callable, Callable, tuple[Tensor]]:
     return model, guide, (data,)
 
 
-def compare(losses: dict[str, Any], pair: tuple, steps: int, turns: int, device: str) -> dict[str, dict[str, float]]:
-    """Time the losses in turns; the first is the reference of the ratios."""
-    model, guide, args = pair
-    svis = {name: SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), loss=loss) for name, loss in losses.items()}
-    times: dict[str, list[float]] = {name: [] for name in svis}
-    for turn in range(turns + 1):
-        for name, svi in svis.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                svi.step(*args)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:  # the first warms up
-                times[name].append((time.perf_counter() - start) / steps)
-    reference = next(iter(times.values()))
-    result = {}
-    for name, found in times.items():
-        ratios = sorted(mine / theirs for mine, theirs in zip(found, reference, strict=True))
-        result[name] = {
-            "ms": 1e3 * statistics.median(found),
-            "ratio": statistics.median(ratios),
-            "ratio_low": ratios[len(ratios) // 4],
-            "ratio_high": ratios[-1 - len(ratios) // 4],
-        }
-    return result
-
-
 def peak_memory(name: str, num_particles: int, batch: int, device: str) -> float:
     """Return how many MiB the first steps of one VAE loss need beyond what was there, in this process."""
     model, guide, args = vae(device, batch)
@@ -169,12 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             title = f"ten latents, K = {k}, validation {'on' if validate else 'off'}"
             with pyro.validation_enabled(validate):
                 rows[title] = compare(losses, ten_latents(options.device), 4 * steps, turns, options.device)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
-    print(f"{options.device}, {torch.get_num_threads()} threads, {versions}")
+    print(f"{options.device}, {torch.get_num_threads()} threads, {versions()}")
     for title, found in rows.items():
         table(title, found)
     if options.output:
-        options.output.write_text(json.dumps({"versions": versions, "device": options.device, "rows": rows}, indent=1))
+        options.output.write_text(
+            json.dumps({"versions": versions(), "device": options.device, "rows": rows}, indent=1)
+        )
     return 0
 
 
