@@ -263,7 +263,7 @@ def test_a_refused_step_leaves_no_poison(name):
     def model(bad=False):
         with pyro.plate("data", 3):
             d = pyro.sample("d", dist.Bernoulli(torch.tensor(0.5)))
-            pyro.factor("f", torch.where(d == 1, math.inf if bad else 1.0, 0.0))
+            pyro.factor("f", d + torch.where((d == 1) & bad, math.inf, 0.0))
 
     def guide(bad=False):
         with pyro.plate("data", 3):
