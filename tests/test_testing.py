@@ -99,7 +99,7 @@ def test_the_suite_finds_what_is_wrong_with_bits():
     dropped = partial(IWAE_ELBO, gradient=NoPathWeight())
     assert "belief network, gradient in first" in failing(dropped, bound="iwae", scored=True, min_particles=2)
     biased = partial(ScoreFunction_ELBO, baseline=lambda site: 0.5 * site.cost)
-    assert "(b - 0.499)^2, theta = 2, K = 2" in failing(biased, bound="elbo")
+    assert "belief network, gradient in first" in failing(biased, bound="elbo")
 
 
 class FloatLoss(ReweightedWakeSleep):
