@@ -2,30 +2,45 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
 from pyro_elbo_ext import IWAE_ELBO
 
 FOLDER = Path(__file__).parents[1] / "models"
-MODELS = {"vae.py": ["vae.json", "vae.png"]}  # file -> what it writes
 
 
-def load(name):
+def load(name, **imported):
+    """A file of the folder as a module that finds, while it is loaded, what it imports from its neighbours."""
     spec = importlib.util.spec_from_file_location(f"models_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {spec.name: module, **imported}.items():
+            patch.setitem(sys.modules, key, value)
+        spec.loader.exec_module(module)
     return module
 
 
-vae = load("vae")
+HELPERS = {name: load(name) for name in ("datasets", "options", "report")}  # what the models share
+datasets, bound = HELPERS["datasets"], HELPERS["report"].bound
+vae, sigmoid_belief_network, gaussian_mixture = (
+    load(name, **HELPERS) for name in ("vae", "sigmoid_belief_network", "gaussian_mixture")
+)
+MODELS = {  # what it writes
+    vae: ["vae.json", "vae.png"],
+    sigmoid_belief_network: ["sigmoid_belief_network.json", "sigmoid_belief_network.png"],
+    gaussian_mixture: ["gaussian_mixture.json", "gaussian_mixture.png"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +54,15 @@ def on_cpu():
 
 
 def test_table_lists_every_model():
-    assert {path.name for path in FOLDER.glob("*.py")} == set(MODELS)
+    listed = {Path(model.__file__).name for model in MODELS} | {f"{name}.py" for name in HELPERS}
+    assert {path.name for path in FOLDER.glob("*.py")} == listed
+
+
+def test_a_script_finds_its_neighbours():
+    script = [sys.executable, FOLDER / "sigmoid_belief_network.py", "--layers", "0"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sigmoid_belief_network.py: error: argument --layers")
 
 
 @pytest.fixture
@@ -51,19 +74,20 @@ def binary(images):
     return torch.as_tensor(images.reshape(len(images), -1) / images.max() >= 0.5).to(torch.get_default_dtype())
 
 
-def report(folder, *options):
-    assert vae.main(["--quick", "--output", str(folder), *options]) == 0
-    return json.loads((folder / "vae.json").read_text())
+def report(model, folder, *options):
+    """What a quick run wrote."""
+    assert model.main(["--quick", "--output", str(folder), *options]) == 0
+    assert sorted(path.name for path in folder.glob("*.*")) == MODELS[model]
+    assert (folder / MODELS[model][1]).read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / MODELS[model][0]).read_text())
 
 
 @pytest.mark.parametrize("batching", ["plate", "loader"])
-def test_quick_run(batching, tmp_path, capsys):
+def test_vae_quick_run(batching, tmp_path, capsys):
     torch.set_num_threads(2)
-    result = report(tmp_path, "--batching", batching)
+    result = report(vae, tmp_path, "--batching", batching)
     printed, errors = capsys.readouterr()
     assert errors == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == MODELS["vae.py"]
-    assert (tmp_path / "vae.png").read_bytes().startswith(b"\x89PNG")
     assert [row["objective"] for row in result["table"]] == list(vae.TITLES.values())
     for row in result["table"]:
         assert row["objective"] in printed
@@ -73,14 +97,14 @@ def test_quick_run(batching, tmp_path, capsys):
     assert set(result["curves"]) == {"K", *vae.TITLES}
     assert result["settings"]["batching"] == batching
     assert torch.get_num_threads() == 2
-    untrained = report(tmp_path / "untrained", "--batching", batching, "--steps", "1", "--elbo", "elbo")
+    untrained = report(vae, tmp_path / "untrained", "--batching", batching, "--steps", "1", "--elbo", "elbo")
     for after in result["table"]:
         assert after["bound"] > untrained["table"][0]["bound"] + 15  # nats: 64 pixels at log 2 before, about -20 after
 
 
 def test_same_seed_same_numbers(tmp_path):
     options = ("--steps", "3", "--elbo", "dreg", "--seed", "5")
-    first, second = (report(tmp_path, *options)["curves"] for _ in range(2))
+    first, second = (report(vae, tmp_path, *options)["curves"] for _ in range(2))
     assert first == second
 
 
@@ -90,7 +114,7 @@ def test_loss_estimates_the_bound_on_all_images(name, batch_size):
     x = torch.rand(20, 9).round()
     pair = vae.VAE(9, 2, 8, len(x), batch_size)
     log_w = vae.log_weights(pair, x, 4000)
-    expected = vae.bound(log_w, 1 if name == "elbo" else 8).sum().item()
+    expected = bound(log_w, 1 if name == "elbo" else 8).sum().item()
     objective = vae.make_objective(name, 8)
     # minibatches of 7, 7 and a ragged 6 have the full bound as their weighted mean
     parts = [(x, 1.0)] * 3 if batch_size else [(part, len(part) / len(x)) for part in x.split(7)]
@@ -102,21 +126,144 @@ def test_loss_estimates_the_bound_on_all_images(name, batch_size):
 def test_image_bounds_sum_to_iwae_elbo():
     x = torch.rand(25, 9).round()
     pair = vae.VAE(9, 2, 8, len(x), None)
-    per_image = vae.bound(vae.log_weights(pair, x, 5 * 2000), 5)
+    per_image = bound(vae.log_weights(pair, x, 5 * 2000), 5)
     values = torch.tensor([-IWAE_ELBO(5).loss(pair.model, pair.guide, x) for _ in range(100)])
     assert per_image.shape == (25,)
     assert abs(values.mean() - per_image.sum()) < 5 * values.std() / math.sqrt(len(values)) + 0.05
+
+
+def test_gains_are_paired(capsys):
+    first, second = torch.randn(2, 10, 50)
+    results = {"a": HELPERS["report"].Result(None, first, 1.0), "b": HELPERS["report"].Result(None, second, 2.0)}
+    row = HELPERS["report"].tabulate(results, {"a": "A", "b": "B"})[1]
+    gains = (second - first)[-1]
+    assert row["gain"] == pytest.approx(gains.mean().item())
+    assert row["gain_error"] == pytest.approx(gains.std().item() / math.sqrt(50))
+    assert f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" in capsys.readouterr().out
+
+
+def pixel_frequencies_bound():
+    """Nats per test image of the digits when every pixel is independent: what a network that learns nothing gets."""
+    data = datasets.load_data(None, 0)
+    return dist.Bernoulli(data.train.mean(0).clamp(0.01, 0.99)).log_prob(data.test).sum(-1).mean().item()
+
+
+def test_belief_network_quick_run(tmp_path, capsys):
+    result = report(sigmoid_belief_network, tmp_path)
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert [row["objective"] for row in result["table"]] == list(sigmoid_belief_network.TITLES.values())
+    assert set(result["curves"]) == {"K", *sigmoid_belief_network.TITLES}
+    for row in result["table"]:
+        assert row["objective"] in printed
+        assert f"{row['bound']:.2f} ± {row['bound_error']:.2f}" in printed
+    options = ("--steps", "1", "--elbo", "rws")
+    untrained = report(sigmoid_belief_network, tmp_path / "untrained", *options)["table"]
+    gains = [row["bound"] - pixel_frequencies_bound() for row in (*untrained, *result["table"])]
+    assert [gain > 3 for gain in gains] == [False, True, True, True, True]  # nats: 0 before, over 5 after
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("name", sigmoid_belief_network.TITLES)
+def test_belief_network_loss_estimates_the_bound(name, layers):
+    x = torch.rand(20, 9).round()
+    pair = sigmoid_belief_network.SigmoidBeliefNetwork(x.mean(0), 5, layers, len(x), 7)
+    log_w = sigmoid_belief_network.log_weights(pair, x, 4000)
+    expected = bound(log_w, 1 if name == "elbo" else 8).sum().item()
+    objective = sigmoid_belief_network.make_objective(name, 8)
+    values = torch.tensor([-objective.loss(pair.model, pair.guide, x) for _ in range(100)])
+    assert abs(values.mean() - expected) < 5 * values.std() / math.sqrt(len(values)) + 0.05
+
+
+def log_bernoulli(value, logits):
+    return (value * logits - nn.functional.softplus(logits)).sum(-1)
+
+
+def test_belief_network_weights_average_to_the_evidence():
+    x = torch.rand(4, 6).round()
+    pair = sigmoid_belief_network.SigmoidBeliefNetwork(x.mean(0), 3, 2, len(x), 4)
+    nn.init.normal_(pair.top)
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))
+    above, below = states[:, None], states[None]  # all 64 pairs of states
+    log_joint = log_bernoulli(above, pair.top) + log_bernoulli(below, pair.down[1](above))
+    evidence = (log_joint[..., None] + log_bernoulli(x, pair.down[0](below)[..., None, :])).exp().sum((0, 1))
+    weights = sigmoid_belief_network.log_weights(pair, x, 20000).exp()
+    assert ((weights.mean(0) - evidence).abs() < 4 * weights.std(0) / math.sqrt(len(weights))).all()
+
+
+def test_mixture_quick_run(tmp_path, capsys):
+    result = report(gaussian_mixture, tmp_path)
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    runs = [(title, k) for title in gaussian_mixture.TITLES.values() for k in (2, 10)]
+    assert [(row["objective"], row["K"]) for row in result["table"]] == runs
+    for row, line in zip(result["table"], printed.splitlines()[1:], strict=True):
+        assert line.startswith(row["objective"])
+        assert f"{row['prior_error']:.4f}" in line
+        assert f"{row['bound']:.2f} ± {row['bound_error']:.2f}" in line
+    untrained = report(gaussian_mixture, tmp_path / "untrained", "--steps", "1", "--elbo", "rws")["table"]
+    bounds = [row["bound"] for row in (*untrained, *result["table"])]
+    assert [value > -80 for value in bounds] == [False] * 2 + [True] * 8  # nats: about -130 before, -10 to -50 after
+
+
+def test_wake_sleep_learns_the_prior_of_the_mixture(tmp_path):
+    options = ("--elbo", "rws", "--particles", "20", "--steps")
+    rows = [report(gaussian_mixture, tmp_path / n, *options, n)["table"][0] for n in ("1", "800")]
+    assert [row["prior_error"] < 0.04 for row in rows] == [False, True]  # 0.09 before, 0.01 to 0.02 after
+    assert [row["guide_error"] < 0.6 for row in rows] == [False, True]  # 0.75 before, 0.4 after
+
+
+@pytest.mark.parametrize("name", gaussian_mixture.TITLES)
+def test_mixture_loss_estimates_the_exact_bound(name):
+    pair = gaussian_mixture.GaussianMixture(num_components=4, hidden=3)
+    x = 30 * torch.rand(20)
+    exact = gaussian_mixture.evaluate(pair, x, 0.0)
+    q = pair.posterior(x).probs
+    log_w = pair.prior().logits + dist.Normal(pair.loc, 5.0).log_prob(x[:, None]) - q.log()
+    pairs = torch.logaddexp(log_w[:, :, None], log_w[:, None]) - math.log(2)
+    expected = exact.bound if name == "elbo" else (q[:, :, None] * q[:, None] * pairs).sum((1, 2))
+    torch.testing.assert_close(exact.bound, (q * log_w).sum(-1))
+    objective = gaussian_mixture.make_objective(name, 2)
+    values = torch.tensor([-objective.loss(pair.model, pair.guide, x) for _ in range(300)])
+    assert abs(values.mean() - expected.sum()) < 4 * values.std() / math.sqrt(len(values))
+    assert expected.mean() < exact.evidence
+
+
+@pytest.mark.parametrize(("component", "distance"), [(3, 0.0), (2, math.sqrt(2))])
+def test_mixture_errors_are_distances(component, distance):
+    pair = gaussian_mixture.GaussianMixture(num_components=5)
+    with torch.no_grad():
+        pair.logits.copy_(torch.tensor([-1e4, -1e4, -1e4, 0.0, -1e4]))  # the posterior is component 3 for any x
+        pair.encoder[-1].weight.zero_()
+        pair.encoder[-1].bias.copy_(1e4 * torch.eye(5)[component])
+    result = gaussian_mixture.evaluate(pair, torch.linspace(0, 40, 10), 0.0)
+    assert result.error == pytest.approx((torch.eye(5)[3] - torch.arange(5, 10) / 35).norm().item())
+    torch.testing.assert_close(result.guide, torch.full((10,), distance))
+
+
+def test_mixture_data_come_from_the_truth_and_are_the_same_for_every_objective():
+    pair = gaussian_mixture.GaussianMixture()
+    x, again, other = (next(gaussian_mixture.batches(pair, 20000, seed)) for seed in (0, 0, 1))
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+    c = torch.arange(20.0)
+    truth = (c + 5) / (c + 5).sum()
+    mean, square = (truth * 10 * c).sum(), (truth * (100 * c**2 + 25)).sum()
+    assert abs(x.mean() - mean) < 4 * (square - mean**2).sqrt() / math.sqrt(len(x))
+    assert abs(x.square().mean() - square) < 4 * x.square().std() / math.sqrt(len(x))
+    wave = (2 * math.pi * x / 10).cos()  # of the noise alone: means are multiples of 10
+    assert abs(wave.mean() - math.exp(-2 * (math.pi * 5 / 10) ** 2)) < 4 * wave.std() / math.sqrt(len(x))
 
 
 def test_bound_is_log_mean_exp_over_groups():
     log_w = torch.randn(7, 3)
     groups = [log_w[:3], log_w[3:6]]
     expected = sum(group.exp().mean(0).log() for group in groups) / 2
-    torch.testing.assert_close(vae.bound(log_w, 3), expected)
+    torch.testing.assert_close(bound(log_w, 3), expected)
 
 
 def test_digits_are_bundled_and_split_by_seed():
-    data, again, other = (vae.load_data(None, seed) for seed in (0, 0, 1))
+    data, again, other = (datasets.load_data(None, seed) for seed in (0, 0, 1))
     assert data.shape == (8, 8)
     assert (len(data.train), len(data.test)) == (1438, 359)
     assert set(data.train.unique().tolist()) == {0.0, 1.0}
@@ -130,7 +277,7 @@ def test_digits_are_bundled_and_split_by_seed():
 def test_npz_pair(names, flat, images, tmp_path):
     stored = images.reshape(len(images), -1) if flat else images
     np.savez(tmp_path / "d.npz", **{names[0]: stored[:20], names[1]: stored[20:], "y_train": np.arange(20)})
-    data = vae.load_data(tmp_path / "d.npz", 0)
+    data = datasets.load_data(tmp_path / "d.npz", 0)
     assert data.shape == (4, 4)
     assert torch.equal(data.train, binary(images)[:20])
     assert torch.equal(data.test, binary(images)[20:])
@@ -138,7 +285,7 @@ def test_npz_pair(names, flat, images, tmp_path):
 
 def test_npz_single_array_is_split(images, tmp_path):
     np.savez(tmp_path / "d.npz", anything=images.astype(float), labels=np.arange(30))
-    data = vae.load_data(tmp_path / "d.npz", 0)
+    data = datasets.load_data(tmp_path / "d.npz", 0)
     assert (len(data.train), len(data.test)) == (24, 6)
     both = torch.cat([data.train, data.test])
     assert sorted(both.tolist()) == sorted(binary(images).tolist())
@@ -153,7 +300,7 @@ def write_idx(path, images):
 def test_idx_folder(suffix, images, tmp_path):
     write_idx(tmp_path / f"train-images-idx3-ubyte{suffix}", images[:20])
     write_idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", images[20:])
-    data = vae.load_data(tmp_path, 0)
+    data = datasets.load_data(tmp_path, 0)
     assert data.shape == (4, 4)
     assert torch.equal(data.train, binary(images)[:20])
     assert torch.equal(data.test, binary(images)[20:])
@@ -162,7 +309,7 @@ def test_idx_folder(suffix, images, tmp_path):
 @pytest.mark.parametrize("shape", [(30, 4, 6), (30, 7)])
 def test_images_that_are_not_square_run(shape, tmp_path):
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).random(shape))
-    assert report(tmp_path, "--data", str(tmp_path / "d.npz"), "--steps", "2")["table"]
+    assert report(vae, tmp_path / "out", "--data", str(tmp_path / "d.npz"), "--steps", "2")["table"]
 
 
 def bad_files(folder):
@@ -225,13 +372,31 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+BAD_OPTIONS = {
+    "layers": (sigmoid_belief_network, ["--layers", "4"], "invalid choice: 4"),
+    "one particle": (sigmoid_belief_network, ["--num-particles", "1"], "--num-particles 1: give a whole number of 2"),
+    "network objective": (sigmoid_belief_network, ["--elbo", "dreg"], "invalid choice: 'dreg'"),
+    "network data": (sigmoid_belief_network, ["--data", "{}/nan.npz"], "NaN"),
+    "network output": (sigmoid_belief_network, ["--output", "{}/text.npz"], "choose another path"),
+    "lr 0": (sigmoid_belief_network, ["--lr", "0"], "--lr: 0: give a number above 0"),
+    "lr nan": (gaussian_mixture, ["--lr", "nan"], "--lr: nan: give a number above 0"),
+    "lr x": (gaussian_mixture, ["--lr", "x"], "--lr: x: give a number above 0"),
+    "one of several": (gaussian_mixture, ["--num-particles", "5,1"], "5,1: give whole numbers of 2 or more"),
+    "no list": (gaussian_mixture, ["--num-particles", "2;5"], "2;5: give whole numbers of 2 or more"),
+    "empty list": (gaussian_mixture, ["--num-particles", ""], "give whole numbers of 2 or more"),
+    "mixture steps": (gaussian_mixture, ["--steps", "0"], "--steps 0: give a whole number of 1 or more"),
+    "mixture data": (gaussian_mixture, ["--data", "d.npz"], "unrecognized arguments: --data"),
+    "mixture output": (gaussian_mixture, ["--output", "{}/text.npz"], "choose another path"),
+} | {case: (vae, *rest) for case, rest in BAD.items()}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_wrong_input_is_refused_in_one_line(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bad_files(tmp_path)
-    arguments, message = BAD[case]
+    model, arguments, message = BAD_OPTIONS[case]
     with pytest.raises(SystemExit) as exit:
-        vae.main(["--quick", "--output", str(tmp_path / "out"), *(a.format(tmp_path) for a in arguments)])
+        model.main(["--quick", "--output", str(tmp_path / "out"), *(a.format(tmp_path) for a in arguments)])
     printed, errors = capsys.readouterr()
     assert exit.value.code == 2
     assert printed == ""
