@@ -19,11 +19,9 @@ from pyro_elbo_ext.gradients.pathwise import (
     StickingTheLanding,
     Weights,
     attached,
-    check_not_enumerated,
-    check_reparameterized,
-    check_scored,
     replayed,
 )
+from pyro_elbo_ext.gradients.refusals import check_not_enumerated, check_reparameterized, check_scored
 from pyro_elbo_ext.gradients.score import Signal
 from pyro_elbo_ext.particles import Draw, ParticleSampler
 from pyro_elbo_ext.sites import is_reparameterized

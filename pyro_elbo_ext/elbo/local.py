@@ -26,14 +26,8 @@ from pyro.poutine.plate_messenger import PlateMessenger
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
-from pyro_elbo_ext.gradients.pathwise import (
-    DoublyReparameterized,
-    Estimate,
-    Estimator,
-    check_once,
-    finite,
-    with_leaf_scale,
-)
+from pyro_elbo_ext.gradients.pathwise import Estimate, Estimator, finite, with_leaf_scale
+from pyro_elbo_ext.gradients.refusals import check_once
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.plates import Layout, decide_local_layout, site_scales
 from pyro_elbo_ext.sites import Site
@@ -189,14 +183,14 @@ def local_replayed(
         log_w = particles.log_weight
         own = particles.global_joint - particles.global_guide
     if sampler.structure_is_new:
-        check_once(sampler, draws, particles, estimator)
+        check_once(sampler, draws, particles, estimator.doubly)
     totals = _totals(particles, bound).detach()
     share = outer.path_weights(totals)
     each = share.reshape((1, -1) + (1,) * (log_w.dim() - 2)) * particles.scale
     weights = with_leaf_scale(estimator.weights(bound, log_w.detach()), estimator, particles)
     local_names = set(sampler.local_leaves(draws))
     drawn = {id(z): (name in local_names, z) for draw in draws for name, z in draw.leaves.items()}
-    through = particles.log_joint if isinstance(estimator, DoublyReparameterized) else log_w
+    through = particles.log_joint if estimator.doubly else log_w
     surrogate = (each * weights.model * finite(particles.log_joint)).sum() + (share * particles.global_joint).sum()
     for is_local in (True, False):
         keys = [key for key, (local, _) in drawn.items() if local == is_local]

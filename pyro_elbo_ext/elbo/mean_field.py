@@ -14,7 +14,8 @@ from torch.distributions import biject_to, kl_divergence
 
 from pyro_elbo_ext.dependencies import completed
 from pyro_elbo_ext.elbo.base import ParticleELBO
-from pyro_elbo_ext.gradients.pathwise import Estimate, check_reparameterized
+from pyro_elbo_ext.gradients.pathwise import Estimate
+from pyro_elbo_ext.gradients.refusals import check_reparameterized
 from pyro_elbo_ext.particles import Draw, ParticleSampler
 from pyro_elbo_ext.plates import Layout
 from pyro_elbo_ext.sites import Site

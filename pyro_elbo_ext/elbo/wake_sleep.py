@@ -16,15 +16,8 @@ from torch import Tensor
 
 from pyro_elbo_ext.bounds import IWAE
 from pyro_elbo_ext.elbo.base import ParticleELBO
-from pyro_elbo_ext.gradients.pathwise import (
-    DoublyReparameterized,
-    Estimate,
-    Weights,
-    check_not_enumerated,
-    check_reparameterized,
-    finite,
-    replayed,
-)
+from pyro_elbo_ext.gradients.pathwise import DoublyReparameterized, Estimate, Weights, finite, replayed
+from pyro_elbo_ext.gradients.refusals import check_not_enumerated, check_reparameterized
 from pyro_elbo_ext.handlers import DetachLeaves
 from pyro_elbo_ext.particles import Draw, ParticleSampler
 from pyro_elbo_ext.sites import base_distribution, is_leaf

@@ -140,8 +140,10 @@ def enumerated_gradient(
     """
     size = next(iter(states.values())).shape[0]
     problem = make_problem(size)
+    device = next(iter(problem.params.values())).device
+    states = {name: value.to(device) for name, value in states.items()}
     with _isolated(problem.params, 0), torch.enable_grad():
-        traces = run_pair(problem.model, problem.guide, (), {}, dict(states))
+        traces = run_pair(problem.model, problem.guide, (), {}, states)
         for trace in (traces.guide, traces.model):
             trace.compute_log_prob()
         log_q, log_p = (
