@@ -3,6 +3,24 @@ r"""A Gaussian mixture whose assignments an encoder infers: which gradient learn
 The generative equation, for point i and C = 20 components, of which only the prior is learned, and the guide:
 
     c_i ~ Categorical(softmax(theta)),    x_i | c_i ~ Normal(10 c_i, 5^2),    q(c_i | x_i) = Categorical(encoder(x_i))
+
+The data are fresh draws, with a true p(c) proportional to c + 5; the encoder sees x as it is and has 16 tanh units.
+`python models/gaussian_mixture.py` takes about 95 s on 2 cores (`--quick` 8 s): 16 trainings of 2500 steps. The paper
+takes 100000 with Adam at 1e-3, which is `--steps 100000 --lr 1e-3` (about 4 minutes for each training).
+
+Expect wake-sleep to get better with particles and alone to have a good guide by then. Over seeds 0, 1, 2, its L2 errors
+for K = 2, 5, 10, 20 are 0.60 to 0.64, 0.15 to 0.19, 0.05 to 0.14, 0.01 to 0.02 (prior) and 0.59 to 0.72, 0.2, 0.2, 0.2
+(guide), and its ELBO for K = 20 is -5.5 nats, where the evidence under the truth is -5.25. VIMCO and OVIS learn the
+prior as well (0.01 to 0.02 for K = 20), but all their guides are off by 0.47 or more, their ELBOs at -9 or below. The
+leave-one-out ELBO keeps 3 to 6 of the 20 components for any K (prior 0.56 to 0.70, ELBO -19 to -29).
+
+At the paper's settings, K = 20 and seed 0, errors of prior and guide and the ELBO are: wake-sleep 0.004, 0.04, -5.25;
+OVIS 0.004, 0.02, -5.25; VIMCO 0.004, 0.22, -5.47; leave-one-out 0.54, 0.31, -19.7. Length alone is no cure: 20000 steps
+at 1e-2 have wake-sleep at 0.011, 0.10, -5.27, but VIMCO's prior at 0.20 and OVIS's at 0.23.
+
+References: Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow (Le, Kosiorek, Siddharth, Teh,
+Wood, 2018, arXiv:1805.10469); constants as in the code of Optimal Variance Control of the Score-Function Gradient
+Estimator for Importance-Weighted Bounds (Liévin, Dittadi, Christensen, Winther, 2020, arXiv:2008.01998).
 """
 
 from __future__ import annotations
@@ -144,27 +162,32 @@ def plot(path: Path, results: dict[tuple[str, int], Result], truth: Tensor) -> N
 
     figure = Figure(figsize=(15, 5.4), dpi=110, layout="constrained")
     prior, guide, learned = figure.subplots(1, 3)
-    names, counts = list(dict.fromkeys(name for name, _ in results)), sorted({count for _, count in results})
-    learned.bar(range(len(truth)), truth.tolist(), color="0.85", label="truth")
-    for name, marker in zip(names, "os^D", strict=False):
+    counts = sorted({count for _, count in results})
+    for name, marker in zip(dict.fromkeys(name for name, _ in results), "os^D", strict=False):
         found = [results[name, count] for count in counts]
-        prior.loglog(counts, [result.error for result in found], f"{marker}-", label=TITLES[name])
-        guide.semilogx(counts, [result.guide.mean().item() for result in found], f"{marker}-", label=TITLES[name])
+        prior.loglog(counts, [result.error for result in found], f"{marker}-")
+        guide.semilogx(counts, [result.guide.mean().item() for result in found], f"{marker}-")
         learned.plot(found[-1].prior.tolist(), f"{marker}-", markersize=4, label=TITLES[name])
     prior.set(title="Prior against the truth", ylabel="L2 error of the prior")
-    guide.set(title="Guide against the learned posterior", ylabel="mean L2 error of the guide")
-    learned.set(title=f"Prior learned with {counts[-1]} particles", xlabel="component c", ylabel="prior p(c)")
+    prior.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    prior.yaxis.set_major_formatter("{x:g}")
+    guide.set(title="Guide against the learned posterior", ylabel="mean L2 error of the guide", ylim=(0, None))
     for axes in (prior, guide):
         axes.set(xlabel="particles K", xticks=counts, xticklabels=counts)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    prior.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    prior.yaxis.set_major_formatter("{x:g}")
-    guide.set_ylim(bottom=0)
-    learned.set_xticks(range(0, len(truth), 5))
-    learned.legend(fontsize=12)
+    show_truth(learned, truth, counts[-1])
     enlarge(figure)
     figure.savefig(path)
+
+
+def show_truth(axes: Any, truth: Tensor, num_particles: int) -> None:
+    """The true prior behind the learned ones, and room for a legend above."""
+    axes.bar(range(len(truth)), truth.tolist(), color="0.85", label="truth", zorder=0)
+    title = f"Prior learned with {num_particles} particles"
+    axes.set(title=title, xlabel="component c", ylabel="prior p(c)", xticks=range(0, len(truth), 5))
+    axes.set_ylim(0, 1.5 * axes.get_ylim()[1])
+    axes.legend(fontsize=12, loc="upper left")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
