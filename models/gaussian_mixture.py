@@ -10,13 +10,13 @@ takes 100000 with Adam at 1e-3, which is `--steps 100000 --lr 1e-3` (about 4 min
 
 Expect wake-sleep to get better with particles and alone to have a good guide by then. Over seeds 0, 1, 2, its L2 errors
 for K = 2, 5, 10, 20 are 0.60 to 0.64, 0.15 to 0.19, 0.05 to 0.14, 0.01 to 0.02 (prior) and 0.59 to 0.72, 0.2, 0.2, 0.2
-(guide), and its ELBO for K = 20 is -5.5 nats, where the evidence under the truth is -5.25. VIMCO and OVIS learn the
-prior as well (0.01 to 0.02 for K = 20), but all their guides are off by 0.47 or more, their ELBOs at -9 or below. The
+(guide), and its ELBO for K = 20 is -5.5 to -5.6 nats; the evidence under the truth is -5.25. VIMCO and OVIS learn the
+prior as well (0.01 to 0.02 for K = 20), but all their guides are off by 0.47 or more, their ELBOs -9 at best. The
 leave-one-out ELBO keeps 3 to 6 of the 20 components for any K (prior 0.56 to 0.70, ELBO -19 to -29).
 
 At the paper's settings, K = 20 and seed 0, errors of prior and guide and the ELBO are: wake-sleep 0.004, 0.04, -5.25;
 OVIS 0.004, 0.02, -5.25; VIMCO 0.004, 0.22, -5.47; leave-one-out 0.54, 0.31, -19.7. Length alone is no cure: 20000 steps
-at 1e-2 have wake-sleep at 0.011, 0.10, -5.27, but VIMCO's prior at 0.20 and OVIS's at 0.23.
+at 1e-2 have wake-sleep at 0.011, 0.10, -5.27, but the priors of VIMCO and OVIS at 0.24 and 0.25.
 
 References: Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow (Le, Kosiorek, Siddharth, Teh,
 Wood, 2018, arXiv:1805.10469); constants as in the code of Optimal Variance Control of the Score-Function Gradient

@@ -139,8 +139,19 @@ class FunctionBound(Bound):
         self.function = function
 
     def __call__(self, log_w: Tensor) -> Tensor:
-        """Return ``function(log_w)``."""
-        return self.function(log_w)
+        """Return ``function(log_w)``.
+
+        Raises:
+            ValueError: it is not one value for each plate element.
+        """
+        value = self.function(log_w)
+        if not isinstance(value, Tensor) or value.shape != log_w.shape[1:]:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"the bound returned {found} at log-weights of shape {tuple(log_w.shape)}; return one value for each "
+                f"plate element, shape {tuple(log_w.shape[1:])}."
+            )
+        return value
 
 
 class ELBO(Bound):

@@ -224,8 +224,8 @@ def _scale_inside(frame: Any, site: str, outsiders: dict[str, str]) -> str:
     return (
         f"plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}) but not common to all random sites: "
         f"{why}, so the scale of site '{site}' would stand inside the log, where the result is no bound. Use the full "
-        f"batch; or local_particles > 1 with plates=('{frame.name}',), which takes the log inside the plate only; or "
-        "num_particles=1."
+        f"batch; or IWAE_ELBO with local_particles > 1 and plates=('{frame.name}',), which takes the log inside the "
+        "plate only; or an average: ScoreFunction_ELBO, or IWAE_ELBO with num_particles=1."
     )
 
 

@@ -111,6 +111,9 @@ BAD = {
     "no groups": (lambda: MIWAE(0), "num_groups"),
     "unequal groups": (lambda: MIWAE(4)(log_weights()), "multiple of num_groups"),
     "one particle left out": (lambda: IWAE().leave_one_out(torch.zeros(1, 2)), "num_particles >= 2"),
+    "no value": (lambda: FunctionBound(lambda log_w: None)(log_weights()), "returned NoneType"),
+    "not reduced": (lambda: FunctionBound(lambda log_w: log_w)(torch.zeros(4, 3)), "shape .4, 3. at.*shape .3,.\\."),
+    "reduced too far": (lambda: FunctionBound(lambda log_w: log_w.sum())(torch.zeros(4, 3)), "returned shape"),
     "unknown fill": (lambda: IWAE().leave_one_out(torch.zeros(2), "harmonic"), "fill must be"),
 }
 

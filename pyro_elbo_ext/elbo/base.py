@@ -43,6 +43,8 @@ class ParticleELBO(ELBO):
         num_dropped: particles left out so far under ``nonfinite="drop"``.
     """
 
+    _can_drop: bool = True  # takes nonfinite="drop"
+
     def __init__(
         self,
         num_particles: int = 1,
@@ -172,7 +174,8 @@ class ParticleELBO(ELBO):
         if num_bad:
             invalid = bad & (log_w != -math.inf)
             if self.nonfinite == "raise" and invalid.any():
-                raise ValueError(_describe(estimate.particles, invalid))
+                hint = self._can_drop and not self._zero_weight_is_fatal
+                raise ValueError(_describe(estimate.particles, invalid, droppable=hint))
             if self._zero_weight_is_fatal:  # an average of logs is -inf with any one of them
                 raise ValueError(_describe(estimate.particles, bad))
             if bad.all(0).any():
@@ -200,7 +203,7 @@ def _plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: dict) 
     return -min(dims, default=0)
 
 
-def _describe(particles: Particles, bad: Tensor, whose: str = "") -> str:
+def _describe(particles: Particles, bad: Tensor, whose: str = "", droppable: bool = False) -> str:
     """Name the first particle whose log-weight is not finite and the site that made it so."""
     index = bad.nonzero()[0].tolist()
     particle, element = index[0], index[1:]
@@ -218,8 +221,8 @@ def _describe(particles: Particles, bad: Tensor, whose: str = "") -> str:
             break
     return (
         f"the log-weight {whose}is {value} (particle {particle}{', ' + where if where else ''}); first seen at "
-        f"{culprit}. Nothing was updated. Look for an overflow or a value outside the support there; nonfinite='drop' "
-        "leaves out single particles."
+        f"{culprit}. Nothing was updated. Look for an overflow or a value outside the support there"
+        + ("; nonfinite='drop' leaves out single particles." if droppable else ".")
     )
 
 

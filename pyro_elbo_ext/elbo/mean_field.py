@@ -90,6 +90,8 @@ class MeanField_ELBO(ParticleELBO):
         self.free_bits = free_bits
         self._closed: dict[Any, frozenset[str]] = {}
 
+    _can_drop = False
+
     @property
     def _linear(self) -> bool:
         return True

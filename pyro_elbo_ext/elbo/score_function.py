@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class SiteExplanation(NamedTuple):
 
     Attributes:
         gradient: ``"pathwise"``, ``"enumerated"``, or the name of the gradient of a sampled site.
-        baseline: of a sampled site.
+        baseline: of a site with the plain score; other estimators take none.
         downstream: sites whose terms make up a scored site's cost.
     """
 
@@ -71,8 +71,9 @@ class ScoreFunction_ELBO(ParticleELBO):
         num_particles: K.
         baseline: ``"leave-one-out"`` (needs K >= 2), ``"running-mean"``, ``"nvil"``, ``"none"``, a
             :class:`~pyro_elbo_ext.gradients.Baseline`, or a function from a
-            :class:`~pyro_elbo_ext.gradients.SiteCost` to a tensor that broadcasts to its cost. A site's own
-            ``infer={"baseline": {...}}``, in Pyro's keys, comes first.
+            :class:`~pyro_elbo_ext.gradients.SiteCost` to a tensor that broadcasts to its cost, and is no function of
+            the site's own value or cost at the same particle. A site's own ``infer={"baseline": {...}}``, in Pyro's
+            keys, comes first.
         gradient: a name of the table, or an object such as :class:`~pyro_elbo_ext.gradients.RELAX`; what needs no
             baseline leaves it alone.
         vectorize_particles: run all particles at once.
@@ -110,6 +111,8 @@ class ScoreFunction_ELBO(ParticleELBO):
         self._graphs: dict[Any, Graph] = {}
         self._dependencies: dict[Any, Dependencies] = {}
         self._enumerated: dict[str, int] = {}
+
+    _can_drop = False
 
     @property
     def _linear(self) -> bool:
@@ -156,8 +159,7 @@ class ScoreFunction_ELBO(ParticleELBO):
                 f"{baseline.min_particles}, got {self.num_particles}. Raise num_particles, or use "
                 'baseline="running-mean".'
             )
-        value = torch.as_tensor(baseline(site), dtype=site.cost.dtype, device=site.cost.device)
-        _check_broadcasts(value, site)
+        value = _broadcastable(baseline(site), site)
         signal = (site.cost - value).detach()
         coefficient = signal * baseline.factor(site, signal) * site.scale
         probability = costs.probability(("guide", name))
@@ -185,6 +187,15 @@ class ScoreFunction_ELBO(ParticleELBO):
             self._dependencies[key] = sampler.find_dependencies()
         return self._dependencies[key]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what baselines and estimators remember, and their networks; not the parameters of the pair."""
+        return {name: getattr(self, name).state_dict() for name in ("baseline", "site_baseline", "gradient")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; it comes before what the param store holds."""
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
     @torch.no_grad()
     def explain(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> dict[str, SiteExplanation]:
         """Say what this ELBO does at each random site of the guide. Runs the pair once."""
@@ -198,15 +209,21 @@ class ScoreFunction_ELBO(ParticleELBO):
             kind = "enumerated" if name in graph.enumerated else "pathwise"
             baseline, downstream = "", set()
             if name in graph.scored:
-                kind, baseline = self.gradient.name, type(self.site_baseline if options else self.baseline).__name__
-                downstream = {site for _, site in graph.reach[name]}
+                kind, downstream = self.gradient.name, {site for _, site in graph.reach[name]}
+            if name in self.gradient.plain_sites(graph, draws[0]):
+                kind, baseline = "score", type(self.site_baseline if options else self.baseline).__name__
             found[name] = SiteExplanation(kind, baseline, tuple(sorted(downstream)))
         return found
 
 
-def _check_broadcasts(value: Tensor, site: SiteCost) -> None:
+def _broadcastable(value: Any, site: SiteCost) -> Tensor:
     try:
+        value = torch.as_tensor(value, dtype=site.cost.dtype, device=site.cost.device)
         fits = torch.broadcast_shapes(value.shape, site.cost.shape) == site.cost.shape
+    except TypeError as error:
+        raise ValueError(
+            f"the baseline of site '{site.name}' returned {type(value).__name__}; return a number or a tensor."
+        ) from error
     except RuntimeError:
         fits = False
     if not fits:
@@ -215,3 +232,4 @@ def _check_broadcasts(value: Tensor, site: SiteCost) -> None:
             f"{tuple(site.cost.shape)}, its cost's [num_particles, *plates] with plates {site.plates}. Return one "
             "value, one for each plate element, or one for each particle of each."
         )
+    return value

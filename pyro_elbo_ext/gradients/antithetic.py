@@ -58,11 +58,12 @@ class DisARM(BernoulliGradient):
 
     def surrogate(self, step: Step) -> Any:
         """Return the pairs' surrogate at the roots, the plain one below them."""
-        first, found = step.draws[0], step.graph.found
-        return sum(
-            step.plain(name) if sampled_ancestors(name, first, found) else _paired(step, name)
-            for name in step.graph.scored
-        )
+        plain = self.plain_sites(step.graph, step.draws[0])
+        return sum(step.plain(name) if name in plain else _paired(step, name) for name in step.graph.scored)
+
+    def plain_sites(self, graph: Graph, draw: Draw) -> tuple[str, ...]:
+        """Sites below other sampled ones."""
+        return tuple(name for name in graph.scored if sampled_ancestors(name, draw, graph.found))
 
 
 def _partner(first: Draw, found: Dependencies) -> dict[str, Tensor]:

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.gradients.costs import SiteCost
-from pyro_elbo_ext.gradients.memory import Memory
+from pyro_elbo_ext.gradients.memory import Memory, Trained
 
 __all__ = [
     "NVIL",
@@ -31,8 +30,11 @@ __all__ = [
 ]
 
 
-class Baseline(nn.Module):
+class Baseline(Trained):
     """No baseline, and the base of all others, which override :meth:`forward`.
+
+    Parameters of a subclass are trained by the optimiser of ``SVI`` on the squared distance of :meth:`forward` to the
+    cost, through its gradient; what it remembers otherwise goes into buffers, changed in :meth:`update`.
 
     Attributes:
         min_particles: fewest particles it can be formed from.
@@ -54,9 +56,6 @@ class Baseline(nn.Module):
     def unit(self, site: SiteCost) -> float:
         """Return what costs are multiplied by in the squared distance that a network is trained on."""
         return 1.0
-
-    def register(self) -> None:
-        """Make the parameters, if any, known to Pyro."""
 
 
 class LeaveOneOut(Baseline):
@@ -186,16 +185,12 @@ class Neural(Baseline):
         super().__init__()
         self.net = net
         self.inputs = inputs
-        self.name = name
+        self.param_name = name
 
     def forward(self, site: SiteCost) -> Tensor:
         """Return the prediction, attached to the network's parameters only."""
         found = self.net(self.inputs(site).detach())
         return found.squeeze(-1) if found.dim() and found.shape[-1] == 1 else found
-
-    def register(self) -> None:
-        """Register the network, whose parameters the optimiser then trains; what the store holds is taken over."""
-        pyro.module(self.name, self.net, update_module_params=True)
 
 
 class NVIL(Baseline):
@@ -242,7 +237,10 @@ class NVIL(Baseline):
 
 
 class CallableBaseline(Baseline):
-    """Any function from a :class:`~pyro_elbo_ext.gradients.costs.SiteCost` to a tensor that broadcasts to its cost."""
+    """Any function from a :class:`~pyro_elbo_ext.gradients.costs.SiteCost` to a tensor that broadcasts to its cost.
+
+    A network inside it is trained if the function registers it by ``pyro.module``; :class:`Neural` does so itself.
+    """
 
     def __init__(self, function: Callable[[SiteCost], Tensor | float]) -> None:
         super().__init__()

@@ -18,16 +18,19 @@ Gradient = str | Estimator | Signal | tuple[str | Estimator, str | Signal]
 
 
 class Choice(NamedTuple):
-    """The estimators for a guide: one for its reparameterised sites, a signal for the others, and why."""
+    """The estimators for a guide: one for its reparameterised sites, a signal for the others, why, and whether both."""
 
     estimator: Estimator
     signal: Signal | None
     reason: str
+    mixed: bool = False
 
     @property
     def name(self) -> str:
-        """What ``gradient=`` calls the pair."""
-        return self.estimator.name if self.signal is None else f"{self.estimator.name}+{self.signal.name}"
+        """What ``gradient=`` calls what is used."""
+        if self.signal is None:
+            return self.estimator.name
+        return f"{self.estimator.name}+{self.signal.name}" if self.mixed else self.signal.name
 
 
 def parse_gradient(gradient: Gradient) -> tuple[Estimator | None, Signal | None]:
@@ -74,16 +77,18 @@ def choose(
     flow = next((name for name in reparameterized if is_flow(nodes[name]["fn"])), None)
     if signal is None and automatic:
         signal = SIGNALS["vimco" if several else "score"]
+    unneeded = ""
     if len(reparameterized) == len(nodes):
+        unneeded = f'; every site is reparameterised, so that "{signal.name}" is not needed' if signal else ""
         signal = None
+    mixed = signal is not None and bool(reparameterized)
     if estimator is not None:
-        return Choice(estimator, signal, "asked for")
-    if not several:
-        return Choice(ESTIMATORS["pathwise"], signal, "one particle: the total derivative, as Pyro's Trace_ELBO")
-    if flow is not None:
-        return Choice(ESTIMATORS["pathwise"], signal, f"'{flow}' is a flow, whose inverse may be slow or missing")
+        return Choice(estimator, signal, f"asked for{unneeded}", mixed)
+    name, reason = "dreg", "reparameterised sites, several particles: unbiased with the least variance"
     if nodes and not reparameterized:
-        return Choice(ESTIMATORS["pathwise"], signal, "no site is reparameterised: nothing but the score")
-    return Choice(
-        ESTIMATORS["dreg"], signal, "reparameterised sites, several particles: unbiased with the least variance"
-    )
+        name, reason = "pathwise", "no site is reparameterised: nothing but the score"
+    elif not several:
+        name, reason = "pathwise", "one particle: the total derivative, as Pyro's Trace_ELBO"
+    elif flow is not None:
+        name, reason = "pathwise", f"'{flow}' is a flow, whose inverse may be slow or missing"
+    return Choice(ESTIMATORS[name], signal, reason + ("" if automatic else unneeded), mixed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_elbo_ext.dependencies import Dependencies, Key
 from pyro_elbo_ext.gradients.costs import Costs, Graph
+from pyro_elbo_ext.gradients.memory import Trained
 from pyro_elbo_ext.gradients.sites import BernoulliGradient, Bits, Step, undisturbed
 from pyro_elbo_ext.handlers import Differentiable
 from pyro_elbo_ext.particles import Draw, ParticleSampler
@@ -69,7 +70,8 @@ class DoubleControlVariates(BernoulliGradient):
             if num_particles < 2:
                 raise ValueError(
                     f"guide site '{name}' takes its control variates from the other particles under "
-                    f'gradient="double-cv", which needs num_particles >= 2, got {num_particles}.'
+                    f'gradient="double-cv", which needs num_particles >= 2, got {num_particles}. '
+                    'Raise num_particles, or use gradient="score" with baseline="running-mean".'
                 )
             direct = [key for key, up in graph.found.log_prob.items() if key[0] == "model" and name in up]
             missing = _not_differentiable(name, graph)
@@ -114,12 +116,12 @@ class DoubleControlVariates(BernoulliGradient):
 def _no_fractions(name: str, term: Key, gradient: str) -> str:
     return (
         f"guide site '{name}' is used by {term[0]} site '{term[1]}' in a way that has no derivative, as an index or a "
-        f'comparison has none, so the model cannot take fractional values of it, as gradient="{gradient}" needs. '
+        f'comparison has none, but gradient="{gradient}" needs one, for it takes the model at or between 0 and 1. '
         'Write that term as arithmetic in the value, or use gradient="disarm" or "score".'
     )
 
 
-class REBAR(BernoulliGradient):
+class REBAR(Trained, BernoulliGradient):
     r"""A relaxed model as control variate: unbiased, at two more evaluations of the model.
 
     With z logistic noise around :math:`\alpha`, b = [z > 0], :math:`\tilde z` drawn anew given b, and
@@ -175,7 +177,7 @@ class REBAR(BernoulliGradient):
         """Return the sum of every site's g times its logits, and what trains the control variate."""
         bits = {name: Bits(step, name) for name in step.graph.scored}
         self._prepare(bits)
-        pyro.module(self.param_name, self, update_module_params=True)
+        self.register()
         alphas = {name: site.logits.detach().requires_grad_() for name, site in bits.items()}
         free, given = self._noise(bits, alphas, conditional=False), self._noise(bits, alphas, conditional=True)
         c_free, slopes_free = self._control(step, bits, alphas, free)

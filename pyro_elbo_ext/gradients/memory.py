@@ -5,10 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "Trained"]
+
+
+class Trained(nn.Module):
+    """A module whose parameters, if any, the optimiser of ``SVI`` trains: the loss registers it with Pyro.
+
+    What the param store holds under its name is taken over, so that two modules of one name are one; values that
+    ``load_state_dict`` has put into this module come first.
+
+    Attributes:
+        param_name: its name in the param store.
+    """
+
+    param_name: str = "baseline"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._restored = False
+        self.register_load_state_dict_post_hook(_note_restored)
+
+    def register(self) -> None:
+        """Make the parameters known to Pyro."""
+        if next(self.parameters(), None) is None:
+            return
+        mine = {name: p.detach().clone() for name, p in self.named_parameters()} if self._restored else {}
+        pyro.module(self.param_name, self, update_module_params=True)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name in mine:
+                    p.copy_(mine[name])
+        self._restored = False
+
+
+def _note_restored(module: Any, incompatible_keys: Any) -> None:
+    module._restored = True
 
 
 class Memory(nn.Module):

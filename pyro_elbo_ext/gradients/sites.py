@@ -94,6 +94,10 @@ class SiteGradient(Memory):
     def check(self, graph: Graph, nodes: Mapping[Any, Any], num_particles: int) -> None:
         """Refuse a guide for which the gradient would be wrong; the site is named."""
 
+    def plain_sites(self, graph: Graph, draw: Draw) -> tuple[str, ...]:
+        """Names of the sampled sites that take the plain score, and so a baseline."""
+        return graph.scored
+
     def surrogate(self, step: Step) -> Any:
         """Return a scalar whose gradient is that of the sampled sites."""
         return sum(step.plain(name) for name in step.graph.scored)
@@ -101,6 +105,10 @@ class SiteGradient(Memory):
 
 class BernoulliGradient(SiteGradient):
     """Base of gradients for guides whose sampled sites are all Bernoulli."""
+
+    def plain_sites(self, graph: Graph, draw: Draw) -> tuple[str, ...]:
+        """None: the estimator is its own control."""
+        return ()
 
     def check(self, graph: Graph, nodes: Mapping[Any, Any], num_particles: int) -> None:
         """Refuse sites that are not binary, or enumerated ones beside them."""

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_elbo_ext import ScoreFunction_ELBO
 from pyro_elbo_ext.bounds import ELBO
-from pyro_elbo_ext.gradients import NVIL, LeaveOneOut, Neural, RunningMean
+from pyro_elbo_ext.gradients import NVIL, Baseline, LeaveOneOut, Neural, RunningMean
 from pyro_elbo_ext.testing import (
     BELIEF_STATES,
     Problem,
@@ -433,7 +433,18 @@ def test_state_is_saved_and_restored():
     assert copy.deepcopy(elbo.baseline).state_dict().keys() == elbo.baseline.state_dict().keys()
 
 
-@pytest.mark.parametrize("kind", ["neural", "nvil", "pyro"])
+class OwnBaseline(Baseline):
+    """A network in a subclass that says nothing of Pyro."""
+
+    def __init__(self, net, inputs):
+        super().__init__()
+        self.net, self.inputs = net, inputs
+
+    def forward(self, site):
+        return self.net(self.inputs(site)).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["neural", "nvil", "pyro", "own"])
 def test_a_network_learns_the_cost(kind):
     """Trained by SVI's own optimiser; the network ends near the cost, and the spread of the gradient falls."""
     net = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
@@ -450,7 +461,10 @@ def test_a_network_learns_the_cost(kind):
         with pyro.plate("data", 10, batch):
             pyro.sample("d", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2)).expand(batch)), infer=infer)
 
-    baseline = {"neural": Neural(net, inputs), "nvil": NVIL(Neural(net, inputs), normalize=False), "pyro": "none"}[kind]
+    baseline = {
+        "neural": Neural(net, inputs), "nvil": NVIL(Neural(net, inputs), normalize=False), "pyro": "none",
+        "own": OwnBaseline(net, inputs),
+    }[kind]  # fmt: skip
     elbo = ScoreFunction_ELBO(2, baseline)
     rate = lambda name: {"lr": 0.0 if name == "l" else 0.05}  # noqa: E731
     svi = SVI(row_bits, guide, pyro.optim.Adam(rate), elbo)
@@ -468,6 +482,35 @@ def test_a_network_learns_the_cost(kind):
         svi.step(10)
     assert not torch.equal(moved, net[0].weight)
     assert spread() < 0.4 * before
+
+
+def test_all_state_of_the_loss_at_once():
+    """Baselines, Pyro's keys and the gradient's own; what was loaded comes before what the param store holds."""
+
+    def guide(batch=8):
+        infer = {"baseline": {"use_decaying_avg_baseline": True}}
+        with pyro.plate("data", 10, batch):
+            pyro.sample("d", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2)).expand(batch)), infer=infer)
+
+    def make():
+        net = torch.nn.Linear(1, 1)
+        return ScoreFunction_ELBO(2, Neural(net, lambda site: torch.ones(8, 1)), gradient="score"), net
+
+    elbo, net = make()
+    for pair_guide in (guide, row_guide):
+        step(elbo, 8, guide=pair_guide)
+    with torch.no_grad():
+        net.weight.fill_(3.5)
+    file = io.BytesIO()
+    torch.save(elbo.state_dict(), file)
+    with torch.no_grad():
+        net.weight.fill_(-1.0)  # the param store's own, from now on
+    fresh, other = make()
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    step(fresh, 8)
+    assert float(other.weight.detach()) == 3.5
+    assert fresh.site_baseline.get_extra_state() == elbo.site_baseline.get_extra_state() != {}
 
 
 def test_nvil_divides_by_the_spread():
@@ -555,6 +598,8 @@ def test_it_explains_itself():
     assert found["a"].baseline == "PyroBaseline" and set(found["b"].downstream) == {"b", "x"}
     assert set(found["a"].downstream) == {"a", "b", "c", "x"}
     assert elbo.explain(bits_model, bits_guide)["a"].baseline == "LeaveOneOut"
+    flat = ScoreFunction_ELBO(2, gradient="double-cv").explain(row_bits, row_guide)["d"]
+    assert (flat.gradient, flat.baseline) == ("double-cv", "")
 
 
 @pytest.mark.parametrize("baseline", ["leave-one-out", "running-mean", "nvil"])
@@ -638,6 +683,9 @@ BAD_PAIRS = {
     "a baseline larger than its cost": (
         ScoreFunction_ELBO(2, lambda site: torch.zeros(5, 2, 8)), row_bits, row_guide, "does not broadcast",
     ),
+    "a baseline that returns nothing": (
+        ScoreFunction_ELBO(2, lambda site: None), row_bits, row_guide, "site 'd' returned NoneType",
+    ),
     "a running mean of no plate": (
         ScoreFunction_ELBO(2, RunningMean(plates=("rows",))), row_bits, row_guide, "site 'd' is in \\['data'\\]",
     ),
@@ -684,6 +732,9 @@ def test_a_nan_names_its_site_and_changes_nothing():
     with pytest.raises(ValueError, match="log-weight is inf .particle 0.*model site 'f'"):
         ScoreFunction_ELBO(4).loss_and_grads(model, guide)
     assert pyro.param("l").grad is None
+    with pytest.raises(ValueError) as error:
+        ScoreFunction_ELBO(4).loss_and_grads(model, guide)
+    assert "drop" not in str(error.value)  # this class does not take nonfinite=
 
 
 def test_leave_one_out_needs_no_state():

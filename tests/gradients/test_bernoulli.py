@@ -251,7 +251,7 @@ REFUSED = {
     "one particle under disarm": (1, "disarm", BITS, "even num_particles, got 1"),
     "one particle under double-cv": (1, "double-cv", BITS, "'z'.*num_particles >= 2, got 1"),
     "an index under rebar": (
-        2, "rebar", pair(dist.Bernoulli, lambda z: TABLE[z.long()]), "'z' is used by model site 'x'.*fractional",
+        2, "rebar", pair(dist.Bernoulli, lambda z: TABLE[z.long()]), "'z' is used by model site 'x'.*no derivative",
     ),
     "a comparison under relax": (
         2, "relax", pair(dist.Bernoulli, lambda z: torch.where(z > 0.5, 1.0, 0.0)), "'z' is used by model site 'x'",

@@ -175,6 +175,7 @@ def test_piwae_gives_each_its_own_bound(gradient):
 def test_the_choice_can_be_asked_for():
     assert IWAE_ELBO(8).explain(local_model, local_guide).gradient == "dreg"
     assert IWAE_ELBO(1).explain(local_model, local_guide).gradient == "pathwise"
+    assert "not needed" in IWAE_ELBO(8, "vimco").explain(local_model, local_guide).reason
     assert IWAE_ELBO(8, DoublyReparameterized()).explain(local_model, local_guide).reason == "asked for"
     flow = AutoIAFNormal(local_model)
     explanation = IWAE_ELBO(8).explain(local_model, flow)

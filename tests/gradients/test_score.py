@@ -373,3 +373,11 @@ def test_masked_and_annealed_sites():
     for gradient in ("vimco", (DoublyReparameterized(), VIMCO())):
         _, grads = sample_gradients(IWAE_ELBO(2, gradient), problem(50_000), calls=4)
         assert z_score(grads["logit"], exact.item()) < 4, gradient
+
+
+def test_the_choice_is_named_by_what_is_used():
+    for problem, expected in ((bernoulli_toy(2), "vimco"), (mixed_problem("c first", 2), "dreg+vimco")):
+        with pyro.get_param_store().scope():
+            for name, value in problem.params.items():
+                pyro.param(name, value.clone())
+            assert IWAE_ELBO(4).explain(problem.model, problem.guide).gradient == expected
