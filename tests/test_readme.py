@@ -34,6 +34,22 @@ def test_own_bound_has_every_estimator():
     from pyro_elbo_ext.testing import conformance
 
     namespace = {}
-    exec(compile(BLOCKS[2], "README.md", "exec"), namespace)
+    exec(compile(BLOCKS[3], "README.md", "exec"), namespace)
     checks = conformance(namespace["SoftMinimum_ELBO"], zero_variance=True, size=0.05)
     assert all(check.passed for check in checks), checks
+
+
+def test_the_neural_baseline_runs_on_the_second_example(capsys):
+    import torch
+    from pyro.infer import SVI
+    from pyro.optim import Adam
+
+    namespace = {}
+    first_half = BLOCKS[1].partition("pyros = ")[0]
+    torch.set_default_dtype(torch.float32)
+    exec(compile(first_half + BLOCKS[2], "README.md", "exec"), namespace)
+    before = namespace["net"][0].weight.detach().clone()
+    svi = SVI(namespace["model"], namespace["guide"], Adam({"lr": 0.01}), namespace["loss"])
+    for _ in range(3):
+        svi.step()
+    assert not torch.equal(before, namespace["net"][0].weight)

@@ -57,7 +57,7 @@ class SiteCost(NamedTuple):
             plate that is not around the site has size 1.
         plates: dimension of each vectorised plate around the site, by name, negative.
         sizes: full size of each of them.
-        indices: rows of the subsampled ones that are in the minibatch.
+        indices: rows of each of them that are in the minibatch.
         parents: values of the guide's sites that the site's distribution is computed from, detached,
             ``[num_particles, *plates, *event]``.
         args: positional arguments of model and guide.
