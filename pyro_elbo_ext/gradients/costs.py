@@ -145,6 +145,12 @@ class Costs:
         self.nodes = {site.key: site.node for site in self.runs[0]}
         by_key: dict[Key, list[Site]] = {key: [] for key in self.nodes}
         for sites in self.runs:
+            changed = {site.key for site in sites} ^ set(by_key)
+            if changed:
+                raise ValueError(
+                    f"site '{min(changed)[1]}' is not in every particle of a step: the program's sites change with its "
+                    "random values. Use num_particles=1, which needs no common shape."
+                )
             for site in sites:
                 by_key[site.key].append(site)
         self.terms = {
@@ -177,15 +183,13 @@ class Costs:
         Returns:
             A scalar with the gradient of every path and of every sum, and ``[num_particles, 1...]``, both in nats.
         """
-        total: Any = 0.0
         by_particle: Any = 0.0
         for key, term in self.terms.items():
             term = term.detach() if key[0] == "guide" and key[1] in self.graph.scored else term
             term = self._weighted(key, term)
             dims = [d for d in range(-term.dim(), 0) if d != self.particle_dim]
             by_particle = by_particle + term.sum(dims, keepdim=True).reshape((-1,) + (1,) * self.nesting)
-        total = by_particle.mean(0).sum()
-        return total, by_particle.detach()
+        return by_particle.mean(0).sum(), by_particle.detach()
 
     def _weighted(self, key: Key, term: Tensor, given: Iterable[str] = ()) -> Tensor:
         probability = self.probability(key, given)
@@ -251,7 +255,11 @@ class Costs:
         scale = own_scale(node)
         frames = vectorized_plates(node)
         cost = self.downstream(name).detach()
-        parents = {parent: self._value(parent) for parent in sorted(self.graph.found.parents["guide", name])}
+        parents = {
+            parent: self._value(parent)
+            for parent in sorted(self.graph.found.parents["guide", name])
+            if ("guide", parent) in self.nodes  # a program that changes may have had others
+        }
         return SiteCost(
             name,
             cost / scale if scale != 1 else cost,

@@ -106,6 +106,11 @@ def test_a_program_whose_sites_change_with_its_values():
     kl = q * (q / 0.4).log() + (1 - q) * ((1 - q) / 0.6).log()
     (exact,) = torch.autograd.grad(-(kl * (1 + q + q**2)), l)
     assert z_score(gradients_of(ScoreFunction_ELBO(1, "none"), model, guide, "l", 1500), float(exact)) < 4
+    assert z_score(gradients_of(ScoreFunction_ELBO(1, "running-mean"), model, guide, "l", 1500), float(exact)) < 4
+    elbo = ScoreFunction_ELBO(6, vectorize_particles=False)
+    with pytest.raises(ValueError, match="num_particles=1"):
+        for _ in range(20):
+            elbo.loss_and_grads(model, guide)
 
 
 @pytest.mark.parametrize("how", ["argument", "mode"])
