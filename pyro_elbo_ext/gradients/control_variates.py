@@ -41,7 +41,8 @@ class DoubleControlVariates(BernoulliGradient):
         + a\,d_k\,\mu_k (1 - \mu_k)
 
     The factor a is fitted to past steps, per site, so that the spread is least; it is 0 at the first. Needs K >= 2 and
-    a model with a derivative in the bits, which it asks for at 0 and 1 only. Costs about one backward more.
+    a model with a derivative in the bits, which it asks for at 0 and 1 only. Costs about one backward more. It gains
+    most where one bit changes f little, as with many bits or a decoder not yet trained, and with few particles.
 
     Args:
         decay: share of the past kept in the fit of a, in [0, 1).
