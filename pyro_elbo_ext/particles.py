@@ -104,10 +104,10 @@ class ParticleSampler:
         plates: names of the plates to factorise over, or None to decide by the structure.
         linear: the bound is an average, so scales may stand inside the weights.
         layouts: cache of decided layouts, by structure.
+        passed: what was checked once, by structure.
 
     Attributes:
         structure: what the last scored run's layout depends on, for caches of what else depends on it.
-        structure_is_new: True once this step met a structure that the cache did not hold.
     """
 
     model: Callable
@@ -120,8 +120,8 @@ class ParticleSampler:
     plates: Sequence[str] | None = None
     linear: bool = False
     layouts: dict[Any, Layout] = field(default_factory=dict)
+    passed: set[Any] = field(default_factory=set)
     structure: Any = field(default=None, init=False)
-    structure_is_new: bool = field(default=False, init=False)
     _indices: dict[str, Tensor] = field(default_factory=dict)
     _example: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)  # for dtype and device
     _dropped: Tensor | None = None  # [num_particles, *plates], True where a weight counts as zero
@@ -207,9 +207,15 @@ class ParticleSampler:
             check_pair(traces)
             if len(self.layouts) > 100:  # models made anew for every call must not pile up
                 self.layouts.clear()
+                self.passed.clear()
             layout = self.layouts[key] = self._decide(traces)
-            self.structure_is_new = True
         return layout
+
+    def once(self, what: str, check: Callable[[], None]) -> None:
+        """Check what has not passed before for the structure of the last scored run; a refusal is met every time."""
+        if (what, self.structure) not in self.passed:
+            check()
+            self.passed.add((what, self.structure))
 
     def _switches(self) -> tuple[str | bool | None, ...]:
         """What may change the dependencies and leave the sites: arguments that are no numbers, train or eval mode."""

@@ -73,6 +73,7 @@ class ParticleELBO(ELBO):
         self.nonfinite = nonfinite
         self.num_dropped = 0
         self._layouts: dict = {}
+        self._passed: set = set()
 
     @abstractmethod
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
@@ -109,6 +110,7 @@ class ParticleELBO(ELBO):
             plates=self.plates,
             linear=self._linear,
             layouts=self._layouts,
+            passed=self._passed,
         )
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Any, Any]:

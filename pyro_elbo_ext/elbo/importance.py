@@ -24,7 +24,6 @@ from pyro_elbo_ext.gradients.pathwise import (
 from pyro_elbo_ext.gradients.refusals import check_not_enumerated, check_reparameterized, check_scored
 from pyro_elbo_ext.gradients.score import Signal
 from pyro_elbo_ext.particles import Draw, ParticleSampler
-from pyro_elbo_ext.sites import is_reparameterized
 
 __all__ = [
     "CIWAE_ELBO",
@@ -137,8 +136,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):
         if choice.signal not in self._known_signals:  # a look at values, once
             choice.signal.check(self._guide_bound, self.num_particles, site)
             self._known_signals.add(choice.signal)
-        mixed = any(is_reparameterized(draws[0].traces.guide.nodes[name]) for name in draws[0].leaves)
-        if mixed and isinstance(choice.estimator, StickingTheLanding) and not self._guide_bound.linear:
+        if choice.mixed and isinstance(choice.estimator, StickingTheLanding) and not self._guide_bound.linear:
             raise ValueError(
                 f'gradient="{choice.name}" has no proven rule for several particles of a guide with both kinds of '
                 f'sites; use "dreg+{choice.signal.name}" or "pathwise+{choice.signal.name}".'

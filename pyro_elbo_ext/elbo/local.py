@@ -182,8 +182,7 @@ def local_replayed(
         particles = cast(LocalParticles, sampler.evaluate(draws, leaves))
         log_w = particles.log_weight
         own = particles.global_joint - particles.global_guide
-    if sampler.structure_is_new:
-        check_once(sampler, draws, particles, estimator.doubly)
+    check_once(sampler, draws, particles, estimator.doubly)
     totals = _totals(particles, bound).detach()
     share = outer.path_weights(totals)
     each = share.reshape((1, -1) + (1,) * (log_w.dim() - 2)) * particles.scale

@@ -122,9 +122,11 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
         check_not_enumerated(draws)
         estimate = self._wake(sampler, draws)
-        if sampler.structure_is_new and draws[0].leaves:
-            _check_deltas(sampler)
-        if self.insomnia == 1 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return estimate
+        if draws[0].leaves:
+            sampler.once("deltas", lambda: _check_deltas(sampler))
+        if self.insomnia == 1:
             return estimate
         dreams = (1 - self.insomnia) * self._sleep(sampler)
         return estimate._replace(objective=estimate.objective + (dreams - dreams.detach()))

@@ -206,8 +206,7 @@ def replayed(
         leaves = [{name: _copy(draw, name) for name in draw.leaves} for draw in draws]
         particles = sampler.evaluate(draws, leaves)
         log_w = particles.log_weight
-    if sampler.structure_is_new:
-        check_once(sampler, draws, particles, estimator.doubly)
+    check_once(sampler, draws, particles, estimator.doubly)
     weight = with_leaf_scale(weights(log_w.detach()), estimator, particles)
     pairs = [(z, leaves[i][name]) for i, draw in enumerate(draws) for name, z in draw.leaves.items()]
     drawn, copies = [z for z, copy in pairs if copy.requires_grad], [copy for _, copy in pairs if copy.requires_grad]

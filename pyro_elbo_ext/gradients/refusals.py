@@ -27,9 +27,9 @@ def check_once(sampler: ParticleSampler, draws: Sequence[Draw], particles: Parti
         doubly: the estimator turns a score into a path derivative.
     """
     if is_validation_enabled():
-        check_repeatable(draws, particles)
+        sampler.once("repeatable", lambda: check_repeatable(draws, particles))
     if doubly:
-        check_masks(sampler, particles)
+        sampler.once("masks", lambda: check_masks(sampler, particles))
 
 
 def check_masks(sampler: ParticleSampler, particles: Particles) -> None:
