@@ -1,0 +1,280 @@
+"""Which parameters of a guide form which variational site.
+
+The guide is run once as it is, and once with its parameters set to numbers that are all different, so that each number
+in a site's distribution tells which element of which parameter it is: a parameter itself, expanded over plates, taken
+by index in a minibatch, or stacked. What is computed from a parameter in any other way is not recognised and left to
+another optimiser. Random state and parameters are left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_elbo_ext.families import Parametrization, Recognized, recognize
+from pyro_elbo_ext.handlers import DetachLeaves
+from pyro_elbo_ext.natural.blocks import Block
+from pyro_elbo_ext.sites import base_name, is_leaf, own_scale
+from pyro_elbo_ext.tracing import forked_rng, run_guide
+
+__all__ = ["Discovery", "discover"]
+
+
+class Discovery(NamedTuple):
+    """What was found in a guide.
+
+    Attributes:
+        blocks: by site.
+        others: why each other parameter of the guide is in no block.
+    """
+
+    blocks: dict[str, Block]
+    others: dict[str, str]
+
+
+class _Match(NamedTuple):
+    parametrization: Parametrization
+    names: dict[str, str]  # parameters, by argument
+    shared: float  # values of the site that one unit stands for
+    share: float  # of the units, what part the minibatch has
+    dim: int  # dimensions of the units
+
+
+def discover(guide: Callable, args: tuple, kwargs: dict) -> Discovery:
+    """Find the blocks of a guide.
+
+    Args:
+        guide: a Pyro guide.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: a parameter that two sites share.
+    """
+    trace = _run(guide, args, kwargs)
+    store = pyro.get_param_store()
+    params = {n: store._params[n] for n, node in trace.nodes.items() if node["type"] == "param" and n in store}
+    usage = _usage(trace, params)
+    sites = {name: node for name, node in trace.nodes.items() if is_leaf(node)}
+    why = {name: _unknown(node) for name, node in sites.items()}
+    known = {name: node for name, node in sites.items() if why[name] is None}
+    likely = {name: _candidates(recognize(node["fn"]), params) for name, node in known.items()}
+    with _all_different([params[name] for name in set().union(*likely.values())]):
+        coded = _run(guide, args, kwargs).nodes
+        matches = {site: _match(recognize(coded[site]["fn"]) if site in coded else None, params) for site in known}
+    blocks = {}
+    for site, match in matches.items():
+        if isinstance(match, str):
+            why[site] = match
+        else:
+            blocks[site] = _block(site, sites[site], match)
+    _check_shared(blocks, usage)
+    return Discovery(blocks, _others(params, blocks, usage, why))
+
+
+def _run(guide: Callable, args: tuple, kwargs: dict) -> Any:
+    with forked_rng(), pyro.validation_enabled(False), pyro.poutine.block(), torch.enable_grad(), DetachLeaves():
+        return run_guide(guide, args, kwargs, {}).guide
+
+
+@contextmanager
+def _all_different(leaves: list[Tensor]) -> Iterator[None]:
+    """Set parameters to distinct numbers around zero, and back."""
+    saved = [leaf.detach().clone() for leaf in leaves]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for leaf in leaves:
+                order = torch.randperm(leaf.numel(), generator=generator)
+                offset = torch.rand(1, generator=generator, dtype=torch.float64)
+                codes = (torch.linspace(-1, 1, leaf.numel(), dtype=torch.float64)[order] + offset) / 2
+                leaf.copy_(codes.reshape(leaf.shape))
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, value in zip(leaves, saved, strict=True):
+                leaf.copy_(value)
+
+
+def _usage(trace: Any, params: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Return, by site, the parameters that its distribution is computed from, random values being held."""
+    used: dict[str, set[str]] = {}
+    leaves = {name: leaf for name, leaf in params.items() if leaf.requires_grad}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not leaves:
+            continue
+        outputs = [node["value"]] if not is_leaf(node) else []
+        try:
+            outputs.append(node["fn"].log_prob(node["value"].detach()))
+        except (NotImplementedError, KeyError, ValueError):  # a flow without an inverse
+            outputs += [v for v in vars(node["fn"]).values() if isinstance(v, Tensor)]
+        total: Any = sum(t.sum() for t in outputs if isinstance(t, Tensor) and t.requires_grad)
+        if isinstance(total, Tensor):
+            slopes = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
+            used[name] = {leaf for leaf, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    return used
+
+
+def _unknown(node: Any) -> str | None:
+    found = recognize(node["fn"])
+    return None if found else f"a {base_name(node['fn'])} has no natural coordinates here"
+
+
+def _candidates(found: Recognized | None, params: Mapping[str, Tensor]) -> set[str]:
+    """Return the parameters that a distribution's arguments could be, to judge by their present values."""
+    names = set()
+    values = _values(params)
+    for parametrization in found.family.parametrizations:  # type: ignore[union-attr]
+        for argument, value in (_given(found, parametrization, values) or {}).items():  # type: ignore[arg-type]
+            own = parametrization.event_dims[argument]
+            names |= {
+                name
+                for name, full in values.items()
+                if _locate(value.detach(), parametrization.normalize(full), own, exact=False) is not None
+            }
+    return names
+
+
+def _values(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the constrained values of the parameters whose constraint keeps their shape."""
+    constraints = pyro.get_param_store()._constraints
+    values = {name: transform_to(constraints[name])(leaf.detach()) for name, leaf in params.items()}
+    return {name: value for name, value in values.items() if value.shape == params[name].shape}
+
+
+def _given(
+    found: Recognized, parametrization: Parametrization, values: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    if "unit_tril" in parametrization.event_dims:
+        return _factors(found, values)
+    return found.family.given(found.fn, parametrization.event_dims)
+
+
+def _match(found: Recognized | None, params: Mapping[str, Tensor]) -> _Match | str:
+    """Find the parameters that a distribution was made of; a string says why there are none."""
+    if found is None:
+        return "its distribution changes with the parameters"
+    values, missing = _values(params), ""
+    for parametrization in found.family.parametrizations:
+        given = _given(found, parametrization, values)
+        if given is None:
+            continue
+        located = {
+            argument: _find(value.detach(), parametrization, argument, values) for argument, value in given.items()
+        }
+        if all(where is not None for where in located.values()):
+            return _pair(parametrization, located, values)  # type: ignore[arg-type]
+        missing = missing or next(argument for argument, where in located.items() if where is None)
+    return f"its {missing or 'arguments'} is no parameter, nor part of one"
+
+
+def _find(
+    value: Tensor, parametrization: Parametrization, argument: str, values: Mapping[str, Tensor]
+) -> tuple[str, Tensor] | None:
+    """Return the parameter whose elements an argument's are, and which of them."""
+    for name, full in values.items():
+        rows = _locate(value, parametrization.normalize(full), parametrization.event_dims[argument], exact=True)
+        if rows is not None:
+            return name, rows
+    return None
+
+
+def _locate(value: Tensor, full: Tensor, own: int, exact: bool) -> Tensor | None:
+    """Return the row of ``full`` that each unit of ``value`` is; not ``exact`` asks for first numbers only."""
+    if full.dim() < own or value.dim() < own or value.shape[value.dim() - own :] != full.shape[full.dim() - own :]:
+        return None
+    if not full.numel() or not value.numel() or value.dtype != full.dtype:
+        return None
+    units = value.shape[: value.dim() - own]
+    theirs, ours = full.reshape(full.shape[: full.dim() - own].numel(), -1), value.reshape(units.numel(), -1)
+    keys, order = theirs[:, 0].sort()
+    rows = order[torch.searchsorted(keys, ours[:, 0].contiguous()).clamp(max=len(keys) - 1)]
+    same = torch.equal(theirs[rows], ours) if exact else torch.equal(theirs[rows, 0], ours[:, 0])
+    return rows.reshape(units) if same else None
+
+
+def _factors(found: Recognized, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return a scale and a unit triangular parameter whose product a Cholesky factor is."""
+    fn = found.fn
+    loc, scale_tril = vars(fn).get("loc"), vars(fn).get("scale_tril")
+    if loc is None or scale_tril is None:
+        return None
+    size = scale_tril.shape[-1]
+    for unit in (v for v in values.values() if v.shape[-2:] == (size, size) and v.dim() > 1):
+        for scale in (v for v in values.values() if v.shape == unit.shape[:-1]):
+            product = scale[..., None] * unit
+            if product.numel() <= scale_tril.numel() and torch.equal(product.expand_as(scale_tril), scale_tril):
+                return {"loc": loc, "scale": scale, "unit_tril": unit}
+    return None
+
+
+def _pair(
+    parametrization: Parametrization,
+    located: Mapping[str, tuple[str, Tensor]],
+    values: Mapping[str, Tensor],
+) -> _Match | str:
+    """Check that the elements of the arguments' parameters belong together one by one."""
+    names = {argument: name for argument, (name, _) in located.items()}
+    shapes = {
+        values[name].shape[: values[name].dim() - parametrization.event_dims[argument]]
+        for argument, name in names.items()
+    }
+    first = next(iter(located.values()))[1]
+    same = all(rows.shape != first.shape or torch.equal(rows, first) for _, rows in located.values())
+    if len(shapes) > 1 or not same or len(set(names.values())) < len(names):
+        return f"its {' and '.join(names)} are not of one shape, or not taken in one order"
+    units = next(iter(shapes)).numel()
+    counts = torch.bincount(first.flatten(), minlength=units)
+    counts = counts[counts > 0]
+    if not torch.equal(counts.min(), counts.max()):
+        return "its values share their parameters unevenly"
+    return _Match(parametrization, names, float(counts[0]), len(counts) / units, len(next(iter(shapes))))
+
+
+def _block(site: str, node: Any, match: _Match) -> Block:
+    found = recognize(node["fn"])
+    constraints = pyro.get_param_store()._constraints
+    return Block(
+        site,
+        found.family,  # type: ignore[union-attr]
+        match.parametrization,
+        match.names,
+        {argument: constraints[name] for argument, name in match.names.items()},
+        min(found.event_dim, match.dim),  # type: ignore[union-attr]
+        own_scale(node) * match.shared,
+        match.share,
+    )
+
+
+def _check_shared(blocks: Mapping[str, Block], usage: Mapping[str, set[str]]) -> None:
+    for site, block in blocks.items():
+        for name in block.names.values():
+            other = next((s for s, used in usage.items() if s != site and name in used), None)
+            if other is not None:
+                raise ValueError(
+                    f"parameter '{name}' is used by guide sites '{site}' and '{other}': a natural-gradient step of one "
+                    "would move the other unseen. Give each site its own parameter, or train this guide with "
+                    "pyro.optim.Adam."
+                )
+
+
+def _others(
+    params: Mapping[str, Tensor],
+    blocks: Mapping[str, Block],
+    usage: Mapping[str, set[str]],
+    why: Mapping[str, str | None],
+) -> dict[str, str]:
+    """Say why each parameter that is in no block is in none."""
+    taken = {name for block in blocks.values() for name in block.names.values()}
+    others = {}
+    for name in params:
+        if name not in taken:
+            site = next((s for s, used in usage.items() if name in used and why.get(s)), None)
+            others[name] = f"guide site '{site}': {why[site]}" if site else "no argument of a random guide site"
+    return others
