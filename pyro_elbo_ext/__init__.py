@@ -8,9 +8,13 @@ from pyro_elbo_ext.elbo import (
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
+    Price_ELBO,
+    Regression_ELBO,
     ReweightedWakeSleep_ELBO,
     ScoreFunction_ELBO,
+    ScoreRegression_ELBO,
 )
+from pyro_elbo_ext.natural import NaturalGradient
 
 __version__ = "0.1.0"
 
@@ -19,9 +23,13 @@ __all__ = [
     "IWAE_ELBO",
     "MIWAE_ELBO",
     "MeanField_ELBO",
+    "NaturalGradient",
     "PIWAE_ELBO",
+    "Price_ELBO",
+    "Regression_ELBO",
     "ReweightedWakeSleep_ELBO",
     "ScoreFunction_ELBO",
+    "ScoreRegression_ELBO",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
 ]

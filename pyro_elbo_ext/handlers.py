@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
@@ -57,16 +58,24 @@ class DetachLeaves(Messenger):
 
 
 class DetachScored(Messenger):
-    """Cuts the path through a site that is reparameterised only in part, so that all of its gradient is score."""
+    """Cuts the path through sites whose gradient is not taken along it; one reparameterised in part has none."""
+
+    def __init__(self, is_scored: Callable[[Any], bool] = lambda site: not is_reparameterized(site)) -> None:
+        super().__init__()
+        self.is_scored = is_scored
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if is_leaf(msg) and not is_reparameterized(msg) and isinstance(msg["value"], Tensor):
+        if is_leaf(msg) and isinstance(msg["value"], Tensor) and self.is_scored(msg):
             msg["value"] = msg["value"].detach()
 
 
 class Differentiable(Messenger):
-    """Makes the values of sites that are not reparameterised start points of differentiation."""
+    """Makes the values of some sites, by default those not reparameterised, start points of differentiation."""
+
+    def __init__(self, chosen: Callable[[Any], bool] = lambda site: not is_reparameterized(site)) -> None:
+        super().__init__()
+        self.chosen = chosen
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if is_leaf(msg) and not is_reparameterized(msg) and msg["value"].is_floating_point():
+        if is_leaf(msg) and msg["value"].is_floating_point() and self.chosen(msg):
             msg["value"] = msg["value"].detach().requires_grad_()

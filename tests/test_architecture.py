@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pyro_elbo_ext"
 FLOORS = [
-    {"bounds", "tracing"},
+    {"bounds", "families", "tracing"},
     {"sites"},
     {"plates"},
     {"dependencies", "handlers"},
     {"particles"},
-    {"gradients"},
+    {"gradients", "natural"},
     {"elbo"},
     {"testing"},
 ]

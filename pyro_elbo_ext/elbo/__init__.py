@@ -1,5 +1,6 @@
 """Losses for ``pyro.infer.SVI``."""
 
+from pyro_elbo_ext.elbo.gaussian import Price_ELBO, ScoreRegression_ELBO
 from pyro_elbo_ext.elbo.importance import (
     CIWAE_ELBO,
     IWAE_ELBO,
@@ -9,6 +10,7 @@ from pyro_elbo_ext.elbo.importance import (
     ImportanceWeighted_ELBO,
 )
 from pyro_elbo_ext.elbo.mean_field import MeanField_ELBO
+from pyro_elbo_ext.elbo.regression import Regression_ELBO
 from pyro_elbo_ext.elbo.score_function import ScoreFunction_ELBO
 from pyro_elbo_ext.elbo.wake_sleep import ReweightedWakeSleep_ELBO
 
@@ -18,8 +20,11 @@ __all__ = [
     "MIWAE_ELBO",
     "MeanField_ELBO",
     "PIWAE_ELBO",
+    "Price_ELBO",
+    "Regression_ELBO",
     "ReweightedWakeSleep_ELBO",
     "ScoreFunction_ELBO",
+    "ScoreRegression_ELBO",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
 ]

@@ -20,7 +20,7 @@ from pyro_elbo_ext.gradients.sites import SiteGradient, Step
 from pyro_elbo_ext.handlers import DetachScored, Enumerate
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.plates import Layout
-from pyro_elbo_ext.sites import Site
+from pyro_elbo_ext.sites import Site, is_reparameterized
 
 __all__ = ["ScoreFunction_ELBO", "SiteExplanation"]
 
@@ -122,10 +122,17 @@ class ScoreFunction_ELBO(ParticleELBO):
         kwargs["num_particles"] = max(kwargs["num_particles"] // self.gradient.runs_of, 1)
         return super()._make_sampler(*args, **kwargs)
 
+    def _is_scored(self, sampler: ParticleSampler) -> Callable[[Any], bool]:
+        """Return what tells the sites whose gradient is not taken along a path."""
+        return lambda node: not is_reparameterized(node)
+
     def _draw(self, sampler: ParticleSampler) -> list[Draw]:
         enumerate_sites = Enumerate(-sampler.max_plate_nesting - 2)  # left of the particles
         draws = self.gradient.draw(
-            sampler, lambda draw: self._find(sampler, tuple(draw.leaves)), DetachScored(), enumerate_sites
+            sampler,
+            lambda draw: self._find(sampler, tuple(draw.leaves)),
+            DetachScored(self._is_scored(sampler)),
+            enumerate_sites,
         )
         self._enumerated = dict(enumerate_sites.dims)
         return draws
@@ -177,7 +184,8 @@ class ScoreFunction_ELBO(ParticleELBO):
             if len(self._graphs) > 100:  # models made anew for every call must not pile up
                 self._graphs.clear()
                 self._dependencies.clear()
-            self._graphs[key] = make_graph(sites, self._find(sampler, sampler.structure), self._enumerated)
+            found = self._find(sampler, sampler.structure)
+            self._graphs[key] = make_graph(sites, found, self._enumerated, self._is_scored(sampler))
         return self._graphs[key]
 
     def _find(self, sampler: ParticleSampler, structure: Any) -> Dependencies:

@@ -16,7 +16,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_elbo_ext.dependencies import Dependencies, Key, completed, reach
 from pyro_elbo_ext.sites import Site, is_reparameterized, own_scale, vectorized_plates
 
-__all__ = ["Costs", "Graph", "SiteCost", "make_graph"]
+__all__ = ["Costs", "Graph", "SiteCost", "make_graph", "without_particles"]
 
 
 class Graph(NamedTuple):
@@ -37,7 +37,7 @@ class Graph(NamedTuple):
         found: direct dependencies.
         plates: dimension of each vectorised plate around a site, by name.
         enumerated: leaves that are summed out, with the dimension of each.
-        scored: leaves that are sampled and not reparameterised.
+        scored: leaves that are sampled and have no path, as they are not reparameterised.
         reach: of each of these leaves, the sites it acts on and the plates that its action crosses.
     """
 
@@ -80,8 +80,13 @@ class SiteCost(NamedTuple):
     particle_dim: int
 
 
-def make_graph(sites: Sequence[Site], found: Dependencies, enumerated: Mapping[str, int]) -> Graph:
-    """Find out what each leaf of a guide acts on.
+def make_graph(
+    sites: Sequence[Site],
+    found: Dependencies,
+    enumerated: Mapping[str, int],
+    is_scored: Callable[[Any], bool] = lambda node: not is_reparameterized(node),
+) -> Graph:
+    """Find out what each leaf of a guide acts on; ``is_scored`` tells the leaves without a path.
 
     Raises:
         ValueError: a subsampled plate that a cost stands outside of, or a sum over a site in a plate that does not
@@ -92,7 +97,7 @@ def make_graph(sites: Sequence[Site], found: Dependencies, enumerated: Mapping[s
     found = completed(found, names, [site.name for site in sites if site.is_leaf])
     for key in found.log_prob:
         names.setdefault(key, frozenset())
-    scored = tuple(s.name for s in sites if s.is_leaf and not is_reparameterized(s.node) and s.name not in enumerated)
+    scored = tuple(s.name for s in sites if s.is_leaf and is_scored(s.node) and s.name not in enumerated)
     reached = {name: reach(name, found, names) for name in (*scored, *enumerated)}
     for site in sites:
         if site.origin == "guide" and site.name in reached:
@@ -277,6 +282,14 @@ class Costs:
 
 def _expand(t: Tensor, dim: int, size: int) -> Tensor:
     return t.expand(t.shape[:dim] + (size,) + t.shape[t.dim() + dim + 1 :])
+
+
+def without_particles(t: Tensor, event_dim: int, nesting: int) -> Tensor:
+    """Return what all particles share as ``[*plates, *event]``, with ``nesting`` plate dimensions."""
+    batch, event = t.shape[: t.dim() - event_dim], t.shape[t.dim() - event_dim :]
+    if len(batch) > nesting:
+        return t[(0,) * (len(batch) - nesting)]
+    return t.reshape((1,) * (nesting - len(batch)) + batch + event)
 
 
 def _score(site: Site) -> Tensor:
