@@ -201,7 +201,7 @@ class ParticleSampler:
             for name, site in trace.nodes.items()
             if site["type"] == "sample"
         )
-        key = self.structure = (self.model, self.guide, self._switches(), sites)
+        key = self.structure = (self.model, self.guide, self.switches(), sites)
         layout = self.layouts.get(key)
         if layout is None:
             check_pair(traces)
@@ -217,7 +217,7 @@ class ParticleSampler:
             check()
             self.passed.add((what, self.structure))
 
-    def _switches(self) -> tuple[str | bool | None, ...]:
+    def switches(self) -> tuple[str | bool | None, ...]:
         """What may change the dependencies and leave the sites: arguments that are no numbers, train or eval mode."""
         given = (*self.args, *self.kwargs.values())
         flags = [repr(value) if isinstance(value, (bool, str)) or value is None else "" for value in given]
@@ -242,9 +242,22 @@ class ParticleSampler:
                 log_prob = scored[name] if origin == "guide" and name in scored else _log_prob(name, node)
                 if is_validation_enabled():
                     check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
+                    self._check_left(name, log_prob, traces)
                 log_prob = self._example = scale_and_mask(log_prob, 1.0, node["mask"])
                 sites.append(Site(name, origin, log_prob, node, origin == "guide" and is_leaf(node)))
         return sites
+
+    def _check_left(self, name: str, log_prob: Tensor, traces: Traces) -> None:
+        """Refuse what Pyro's own check leaves to enumeration: dimensions left of the particles."""
+        room = self.max_plate_nesting + self.particle_dims
+        left = log_prob.shape[: max(log_prob.dim() - room, 0)]
+        if left.numel() != 1 and not any("enumerate" in node.get("infer", ()) for node in traces.guide.nodes.values()):
+            raise ValueError(
+                f"at site '{name}': the log-density has shape {tuple(log_prob.shape)}, which is more than "
+                f"{self.particle_dims} dimension of particles and {self.max_plate_nesting} of plates: values with the "
+                "particles in front were combined in the wrong dimensions. Index events from the right, or use "
+                "vectorize_particles=False."
+            )
 
     def _weigh(self, layout: Layout, runs: list[list[Site]]) -> Particles:
         constants: list[Site] = []
