@@ -8,8 +8,9 @@ another optimiser. Random state and parameters are left as they were.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -79,7 +80,12 @@ def discover(guide: Callable, args: tuple, kwargs: dict) -> Discovery:
 
 
 def _run(guide: Callable, args: tuple, kwargs: dict) -> Any:
-    with forked_rng(), pyro.validation_enabled(False), pyro.poutine.block(), torch.enable_grad(), DetachLeaves():
+    with ExitStack() as stack:
+        for context in (forked_rng(), pyro.validation_enabled(False), pyro.poutine.block(), torch.enable_grad()):
+            stack.enter_context(context)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the numbers are made up, or have been warned of before
+        stack.enter_context(DetachLeaves())
         return run_guide(guide, args, kwargs, {}).guide
 
 
