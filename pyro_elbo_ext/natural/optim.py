@@ -165,11 +165,12 @@ class NaturalGradient(PyroOptim):
             return
         svi, given, named = _caller()
         guide = self.guide if self.guide is not None else getattr(svi, "guide", None)
-        if guide is None:
+        if guide is None and not self.blocks:
             raise ValueError(
                 "NaturalGradient does not know the guide outside of SVI.step: call optim.discover(guide, *args) first."
             )
-        self.discover(guide, *given, **named)
+        if svi is not None or not self.blocks:
+            self.discover(guide, *given, **named)  # type: ignore[arg-type]
         for name in set(leaves) - self._natural_names():
             self.others.setdefault(name, "no parameter of the guide")
 
