@@ -193,7 +193,8 @@ class Costs:
             term = term.detach() if key[0] == "guide" and key[1] in self.graph.scored else term
             term = self._weighted(key, term)
             dims = [d for d in range(-term.dim(), 0) if d != self.particle_dim]
-            by_particle = by_particle + term.sum(dims, keepdim=True).reshape((-1,) + (1,) * self.nesting)
+            term = term.sum(dims, keepdim=True) if dims else term  # torch takes no dimensions for all of them
+            by_particle = by_particle + term.reshape((-1,) + (1,) * self.nesting)
         return by_particle.mean(0).sum(), by_particle.detach()
 
     def _weighted(self, key: Key, term: Tensor, given: Iterable[str] = ()) -> Tensor:

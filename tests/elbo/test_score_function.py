@@ -741,3 +741,27 @@ def test_a_nan_names_its_site_and_changes_nothing():
 
 def test_leave_one_out_needs_no_state():
     assert not list(LeaveOneOut().state_dict()) and not list(LeaveOneOut().parameters())
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorized", "looped"])
+def test_a_pair_without_plates(vectorize):
+    """Value and path gradient are those of Trace_ELBO from the same draws: the mean over particles, not their sum."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.5))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.2)), pyro.param("s", torch.tensor(0.7))))
+
+    found = []
+    settings = {"vectorize_particles": vectorize, "max_plate_nesting": 0}
+    for loss in (ScoreFunction_ELBO(8, **settings), Trace_ELBO(8, **settings)):
+        pyro.set_rng_seed(1)
+        value = torch.tensor(loss.loss_and_grads(model, guide))
+        leaves = [p for _, p in pyro.get_param_store().named_parameters()]
+        found.append([value, *(leaf.grad.clone() for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
