@@ -22,11 +22,14 @@ from pyro_elbo_ext import (
     IWAE_ELBO,
     MIWAE_ELBO,
     PIWAE_ELBO,
+    Price_ELBO,
+    Regression_ELBO,
     VRIWAE_ELBO,
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
     ReweightedWakeSleep_ELBO,
     ScoreFunction_ELBO,
+    ScoreRegression_ELBO,
 )
 
 NUM_DATA = 8
@@ -129,5 +132,8 @@ ELBOS = {
     "own-bound": SoftMinimum_ELBO,
     "score-function": ScoreFunction_ELBO,
     "wake-sleep": ReweightedWakeSleep_ELBO,
+    "score-regression": ScoreRegression_ELBO,
+    "regression": Regression_ELBO,
+    "price": Price_ELBO,
     "wake-sleep-dreg": partial(ReweightedWakeSleep_ELBO, wake_phi="dreg"),
 }

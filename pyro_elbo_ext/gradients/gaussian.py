@@ -178,7 +178,7 @@ def joint_derivative(parts: Sequence[Part], along: Along) -> Tensor | None:
         return None
     values, rows = [value for _, value, _ in parts], []
     for _, _, grads in parts:
-        for column in grads.flatten(1).unbind(-1):
+        for column in grads.reshape(len(grads), -1).unbind(-1):
             found = _row(column.sum(), values)
             rows.append([along(site, t).sum(0) for (site, _, _), t in zip(parts, found, strict=True)])
     once = _whitened(parts, [torch.stack(column) for column in zip(*rows, strict=True)])

@@ -59,7 +59,8 @@ class Regression(SiteGradient):
             if name not in plain:
                 site = _SiteStatistics(step, name)
                 groups.setdefault(frozenset(step.graph.plates["guide", name]), []).append(site)
-        return total + sum(_regress(sites) for sites in groups.values())
+        dtype = next(iter(step.costs.terms.values())).dtype
+        return total + sum(_regress(sites).to(dtype) for sites in groups.values())
 
 
 def regressable(fn: Any) -> Recognized | None:
