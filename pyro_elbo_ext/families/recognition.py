@@ -70,10 +70,10 @@ def recognize(fn: Distribution) -> Recognized | None:
     while not isinstance(inner, dist.Rejector):
         if isinstance(inner, torch.distributions.TransformedDistribution):
             affine = _affine(inner)
+            direct = direct and affine is not None and len(inner.transforms) == 1
             if affine is not None:
                 inner = affine
                 break
-            direct = False
         if not hasattr(inner, "base_dist"):
             break
         inner = inner.base_dist
@@ -85,8 +85,8 @@ def recognize(fn: Distribution) -> Recognized | None:
 
 
 def _affine(fn: torch.distributions.TransformedDistribution) -> Distribution | None:
-    """Return the normal distribution that an affine transform makes of one."""
-    base, transform = fn.base_dist, fn.transforms[0] if len(fn.transforms) == 1 else None
+    """Return the normal distribution that an affine transform makes of one, before any others."""
+    base, transform = fn.base_dist, fn.transforms[0] if fn.transforms else None
     while hasattr(base, "base_dist"):
         base = base.base_dist
     if not isinstance(base, torch.distributions.Normal):

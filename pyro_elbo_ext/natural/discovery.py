@@ -58,16 +58,16 @@ def discover(guide: Callable, args: tuple, kwargs: dict) -> Discovery:
     Raises:
         ValueError: a parameter that two sites share.
     """
-    trace = _run(guide, args, kwargs)
+    trace, met = _run(guide, args, kwargs)
     store = pyro.get_param_store()
-    params = {n: store._params[n] for n, node in trace.nodes.items() if node["type"] == "param" and n in store}
+    params = {name: store._params[name] for name in met if name in store}
     usage = _usage(trace, params)
     sites = {name: node for name, node in trace.nodes.items() if is_leaf(node)}
     why = {name: _unknown(node) for name, node in sites.items()}
     known = {name: node for name, node in sites.items() if why[name] is None}
     likely = {name: _candidates(recognize(node["fn"]), params) for name, node in known.items()}
     with _all_different([params[name] for name in set().union(*likely.values())]):
-        coded = _run(guide, args, kwargs).nodes
+        coded = _run(guide, args, kwargs)[0].nodes
         matches = {site: _match(recognize(coded[site]["fn"]) if site in coded else None, params) for site in known}
     blocks = {}
     for site, match in matches.items():
@@ -79,14 +79,17 @@ def discover(guide: Callable, args: tuple, kwargs: dict) -> Discovery:
     return Discovery(blocks, _others(params, blocks, usage, why))
 
 
-def _run(guide: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(guide: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[str]]:
+    """Run a guide, random values held, and return its trace and the names of the parameters that it met."""
     with ExitStack() as stack:
         for context in (forked_rng(), pyro.validation_enabled(False), pyro.poutine.block(), torch.enable_grad()):
             stack.enter_context(context)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the numbers are made up, or have been warned of before
+        met = stack.enter_context(pyro.poutine.trace(param_only=True)).trace.nodes  # a handler's own trace has none
         stack.enter_context(DetachLeaves())
-        return run_guide(guide, args, kwargs, {}).guide
+        trace = run_guide(guide, args, kwargs, {}).guide
+    return trace, list(met)
 
 
 @contextmanager
