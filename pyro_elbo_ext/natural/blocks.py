@@ -20,7 +20,7 @@ from torch.distributions import transform_to
 
 from pyro_elbo_ext.families import Family, Parametrization, Params, every, lift
 
-__all__ = ["Block", "Gradient", "Move", "natural_step"]
+__all__ = ["Block", "Gradient", "Move", "Start", "natural_step", "precise"]
 
 NUM_STEPS = 10  # step sizes tried at once: the wanted one, its halves, and one that is always possible
 OVERSHOT = 1.5  # a loss that rises at a step's end so many times as fast as it fell at its beginning
@@ -108,7 +108,7 @@ class Block:
     def read(self, leaves: Params) -> dict[str, Tensor]:
         """Return the family's arguments, from the unconstrained parameters by argument."""
         return self.parametrization.read(
-            {name: transform_to(self.constraints[name])(_precise(leaf)) for name, leaf in leaves.items()}
+            {name: transform_to(self.constraints[name])(precise(leaf)) for name, leaf in leaves.items()}
         )
 
     def write(self, q: Params) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Block:
             attached = {name: value.requires_grad_() for name, value in q.items()}
             written = self.write(attached)
             outputs = [written[name] for name in grads]
-            found = torch.autograd.grad(outputs, list(attached.values()), [_precise(g) for g in grads.values()],
+            found = torch.autograd.grad(outputs, list(attached.values()), [precise(g) for g in grads.values()],
                                         allow_unused=True, materialize_grads=True)  # fmt: skip
         visited = torch.stack([self.units(name, grads[name] != 0).any(-1) for name in grads]).any(0)
         divisor: Any = self.divisor
@@ -188,8 +188,9 @@ class Block:
         return tried.take_along_dim(lift(self.to_units(which), self.own(name)), 0)[0]
 
 
-def _precise(t: Tensor) -> Tensor:
-    return t.detach() if t.device.type == "mps" else t.detach().to(torch.float64)  # MPS has no float64
+def precise(t: Tensor) -> Tensor:
+    """Return a tensor in float64, detached; as it is on MPS, which has none."""
+    return t.detach() if t.device.type == "mps" else t.detach().to(torch.float64)
 
 
 def natural_step(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.families import NORMAL
 from pyro_elbo_ext.natural.arguments import SCHEDULES, check_arguments, check_mode
-from pyro_elbo_ext.natural.blocks import Block, natural_step
+from pyro_elbo_ext.natural.blocks import Block, natural_step, precise
 from pyro_elbo_ext.natural.discovery import discover
 from pyro_elbo_ext.natural.ivon import ivon_step
 from pyro_elbo_ext.natural.memory import SiteMemory
@@ -178,7 +178,7 @@ class NaturalGradient(PyroOptim):
     def _step(self, site: str, block: Block, leaves: Mapping[str, Tensor], rate: float) -> None:
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
         example = next(iter(leaves.values()))
-        lr = torch.full((), rate, dtype=example.dtype, device=example.device)
+        lr = torch.full((), rate, dtype=precise(example).dtype, device=example.device)
         memory = self._memory.setdefault(site, SiteMemory())
         if self.ivon is None:
             new, move, start = natural_step(block, leaves, grads, lr, self.max_kl, memory.start)
