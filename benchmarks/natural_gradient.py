@@ -176,7 +176,7 @@ def gaussian(guide: Any) -> tuple[Tensor, Tensor]:
 
 
 def follow(who: Contestant, problem: Problem, optimum: Optimum, seed: int, device: str) -> Iterator[Point]:
-    """Train without end; set-up counts."""
+    """Train without end, or until it diverges; set-up counts."""
     pyro.set_rng_seed(seed)
     exact, steps, seconds = problem.precise(), 0, 0.0
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -184,7 +184,13 @@ def follow(who: Contestant, problem: Problem, optimum: Optimum, seed: int, devic
         guide = who.guide(problem.model)
         svi = SVI(problem.model, guide, who.optim(), who.loss())
         while True:
-            seconds += timed(lambda: [svi.step() for _ in range(who.every)], device, clock)
+            try:
+                seconds += timed(lambda: [svi.step() for _ in range(who.every)], device, clock)
+            except ValueError:
+                if not steps:  # nothing that a step of training has brought about
+                    raise
+                yield Point(steps, steps * who.particles, seconds, math.nan)
+                return
             steps += who.every
             yield Point(steps, steps * who.particles, seconds, optimum.bound - exact.bound(*gaussian(guide)))
 
@@ -422,7 +428,7 @@ STEPS, SECONDS = (20, 100, 400, 1600), (0.5, 2.0, 8.0)
 
 def run_for(who: Contestant, problem: Problem, optimum: Optimum, settings: Settings) -> Race:
     """Follow a run to the last of both, whatever its gap."""
-    steps, seconds = min(STEPS[-1], settings.steps), min(SECONDS[-1], settings.limit / 10)
+    steps, seconds = min(STEPS[-1], settings.steps), min(SECONDS[-1], settings.limit / 5)
     found = Race(who.kind, who.setting, {}, [])
     for point in follow(who, problem, optimum, 0, settings.device):
         found.points.append(point)
@@ -497,7 +503,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def choose(options: argparse.Namespace) -> Settings:
     """Return how much is to be run."""
-    settings = Settings(options.device, (20, 50, 100), 5, 90.0, 40000, RATES, DECAYS)
+    settings = Settings(options.device, (20, 50, 100), 5, 60.0, 40000, RATES, DECAYS)
     if options.quick:
         settings = Settings(options.device, (10,), 1, 5.0, 400, RATES[:1], DECAYS[:1])
     changed = {name: value for name in ("dims", "seeds", "limit") if (value := getattr(options, name)) is not None}
