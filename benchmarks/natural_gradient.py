@@ -19,7 +19,7 @@ is the first time below a target. Two tables:
     times as long as the best one of its kind took. Then every seed has the best by seconds to 0.1 nats, whatever its
     kind. A score is one particle of one step.
 (2) Where natural gradients do not win: a mean-field guide on the same correlated posterior, gaps to the best mean-field
-    guide, and a low-rank guide, which has no site that NaturalGradient can step.
+    guide (Newton's direction is the way out), and a low-rank guide, which has no site that NaturalGradient can step.
 
     python benchmarks/natural_gradient.py [--quick] [--output natural_gradient.json] [--dims 20,50,100] [--seeds 5]
 """
