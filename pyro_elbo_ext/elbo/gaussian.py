@@ -24,6 +24,7 @@ from pyro_elbo_ext.gradients.gaussian import (
     joint_derivative,
     linear_fit,
     newton,
+    shifts,
 )
 from pyro_elbo_ext.gradients.linearized import graph_leaves, linearized
 from pyro_elbo_ext.gradients.pathwise import Estimate
@@ -143,7 +144,12 @@ class _Gaussian_ELBO(ParticleELBO):
         values = [draw.leaves[site.name] for site in sites]
         leaves = [leaf for leaf in graph_leaves(total) if not any(leaf is value for value in values)]
         found = torch.autograd.grad(
-            total, values + leaves, create_graph=self._second_order, allow_unused=True, materialize_grads=True
+            total,
+            values + leaves,
+            retain_graph=True,  # a part of it may be someone else's, too
+            create_graph=self._second_order,
+            allow_unused=True,
+            materialize_grads=True,
         )
         slopes = self._slopes(costs, sites, values, found[: len(sites)], layout)
 
@@ -304,6 +310,11 @@ class ScoreRegression_ELBO(_Gaussian_ELBO):
 
     def _check_newton(self, sites: Sequence[GaussianSite], size: int) -> None:
         for site in sites:
+            if site.full_rank:
+                raise ValueError(
+                    f"guide site '{site.name}' is a multivariate normal, whose natural gradient is Newton's step "
+                    "already. Use direction='gradient'."
+                )
             if site.subsampled:
                 raise ValueError(
                     f"guide site '{site.name}' stands in a subsampled plate, and the newton direction needs all "
@@ -368,8 +379,10 @@ class Price_ELBO(_Gaussian_ELBO):
             return costs.along_particles([t], site.event_dim).detach()
 
         together, alone = _parted(sites, layout)
-        joint = joint_derivative([(sites[i], values[i], own[i]) for i in together], along)
-        return joint, {i: element_derivative(sites[i], values[i], own[i], along) for i in alone}
+        groups = [[(sites[i], values[i], own[i]) for i in together], *([(sites[i], values[i], own[i])] for i in alone)]
+        matrices = [joint_derivative(groups[0], along), *(element_derivative(*group[0], along) for group in groups[1:])]
+        moved = [shift for group in groups for shift in shifts(group, along)]
+        return matrices, dict(zip([*together, *alone], moved, strict=True))
 
     def _surrogate(
         self,
@@ -380,18 +393,29 @@ class Price_ELBO(_Gaussian_ELBO):
         layout: Layout | None,
     ) -> Tensor:
         together, alone = _parted(sites, layout)
+        matrices = [
+            symmetric(sum(parts)) for parts in zip(*(m for m, _ in slopes), strict=True) if parts[0] is not None
+        ]
+        moved = {i: sum(own[i] for _, own in slopes) for i in (*together, *alone)}
         terms = []
         if together:
-            flat_noise, flat = (torch.cat([t[i].flatten(1) for i in together], -1).mean(0) for t in (noise, residual))
-            matrix = symmetric(sum(joint for joint, _ in slopes) / self.num_particles)
-            fit = Linear(flat - matrix @ flat_noise, matrix)
+            flat = [torch.cat([t[i].flatten(1) for i in together], -1).mean(0) for t in (noise, residual)]
+            shift = torch.cat([moved[i].flatten() for i in together])
+            fit = self._fit(matrices.pop(0), flat[0], flat[1], shift)
             parts = _flat_fit([sites[i] for i in together], [noise[i] for i in together], fit)
             terms += [site.surrogate(*rest) for site, *rest in parts]
-        for i in alone:
-            matrix = symmetric(sum(own[i] for _, own in slopes) / self.num_particles)
-            intercept = residual[i].mean(0) - (matrix @ noise[i].mean(0)[..., None])[..., 0]
-            terms.append(sites[i].surrogate(intercept, sites[i].blocks(matrix)))
+        for i, matrix in zip(alone, matrices, strict=True):
+            fit = self._fit(matrix, noise[i].mean(0), residual[i].mean(0), moved[i])
+            terms.append(sites[i].surrogate(fit.intercept, sites[i].blocks(fit.slopes)))
         return torch.stack(terms).sum()
+
+    def _fit(self, total: Tensor, noise: Tensor, residual: Tensor, shift: Tensor) -> Linear:
+        """Correct a mean residual for where the noise lay, for each particle by the slopes of the others."""
+        count = self.num_particles
+        moved = (total @ noise[..., None])[..., 0]  # sum over particles of all slopes times the mean noise
+        if count > 1:
+            return Linear(residual - (moved - shift / count) / (count - 1), total / count)
+        return Linear(residual - moved, total)
 
 
 def _parted(sites: Sequence[GaussianSite], layout: Layout | None) -> tuple[list[int], list[int]]:

@@ -1,6 +1,6 @@
 """Exponential families: natural and expectation coordinates, Fisher information, exact Kullback-Leibler divergence."""
 
-from pyro_elbo_ext.families.base import Family, Parametrization, Params, every, lift
+from pyro_elbo_ext.families.base import Family, Parametrization, Params, every, lift, precise
 from pyro_elbo_ext.families.gaussian import MULTIVARIATE_NORMAL, NORMAL, symmetric
 from pyro_elbo_ext.families.recognition import Recognized, recognize
 
@@ -13,6 +13,7 @@ __all__ = [
     "Recognized",
     "every",
     "lift",
+    "precise",
     "recognize",
     "symmetric",
 ]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-__all__ = ["AffineFamily", "Family", "Params", "Parametrization", "every", "lift", "triangle"]
+__all__ = ["AffineFamily", "Family", "Params", "Parametrization", "every", "lift", "precise", "triangle"]
 
 Params = Mapping[str, Tensor]
 
@@ -70,6 +70,10 @@ class Family(ABC):
     @abstractmethod
     def make(self, q: Params) -> Distribution:
         """Return torch's distribution with these arguments, unvalidated."""
+
+    def log_prob(self, q: Params, x: Tensor) -> Tensor:
+        """Return the log-density of each unit, attached."""
+        return self.make(q).log_prob(x)
 
     def given(self, fn: Distribution, names: Mapping[str, int]) -> dict[str, Tensor] | None:
         """Return the arguments of one parametrisation that a distribution was made with, None if it was not."""
@@ -156,6 +160,11 @@ def lift(t: Tensor, dims: int) -> Tensor:
 def every(flags: Tensor, dims: int) -> Tensor:
     """Tell which elements are True in all of their ``dims`` dimensions on the right."""
     return flags.flatten(-dims).all(-1) if dims else flags
+
+
+def precise(t: Tensor) -> Tensor:
+    """Return a tensor in float64; as it is on MPS, which has none."""
+    return t if t.device.type == "mps" else t.to(torch.float64)
 
 
 def triangle(m: Tensor) -> Tensor:

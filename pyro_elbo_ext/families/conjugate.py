@@ -221,6 +221,10 @@ class OneHotCategorical(Categorical):
 
     name = "OneHotCategorical"
 
+    def log_prob(self, q: Params, x: Tensor) -> Tensor:
+        """Return the log-density of each unit."""
+        return (q["logits"].log_softmax(-1) * x).sum(-1)
+
     def given(self, fn: Distribution, names: Mapping[str, int]) -> dict[str, Tensor] | None:
         """Return the arguments of the categorical distribution inside."""
         return super().given(vars(fn)["_categorical"], names)

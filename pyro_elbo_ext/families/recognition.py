@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions import transforms as torch_transforms
@@ -39,6 +40,14 @@ FAMILIES: dict[type[Distribution], Family] = {
 }
 
 
+WRAPPERS = (
+    torch.distributions.Independent,
+    torch.distributions.TransformedDistribution,
+    ExpandedDistribution,
+    dist.MaskedDistribution,
+)
+
+
 class Recognized(NamedTuple):
     """A distribution seen as a member of a family.
 
@@ -47,12 +56,14 @@ class Recognized(NamedTuple):
         fn: the distribution of that family inside the wrappers.
         event_dim: dimensions on the right of ``fn``'s batch that belong to one value.
         direct: True where values of the site are values of ``fn``, False where they are transformed.
+        masked: True where a mask hides some of its elements.
     """
 
     family: Family
     fn: Distribution
     event_dim: int
     direct: bool
+    masked: bool
 
     def arguments(self) -> dict[str, Tensor]:
         """Return the family's arguments, attached."""
@@ -66,22 +77,23 @@ def recognize(fn: Distribution) -> Recognized | None:
     normal distribution that it makes.
     """
     event_dim = len(fn.event_shape)
-    inner, direct = fn, True
-    while not isinstance(inner, dist.Rejector):
+    inner, direct, masked = fn, True, False
+    while isinstance(inner, WRAPPERS):
         if isinstance(inner, torch.distributions.TransformedDistribution):
+            if not all(transform.bijective for transform in inner.transforms):
+                return None
             affine = _affine(inner)
             direct = direct and affine is not None and len(inner.transforms) == 1
             if affine is not None:
                 inner = affine
                 break
-        if not hasattr(inner, "base_dist"):
-            break
+        masked = masked or isinstance(inner, dist.MaskedDistribution)
         inner = inner.base_dist
     family = next((FAMILIES[kind] for kind in type(inner).__mro__ if kind in FAMILIES), None)
     if family is None:
         return None
     own = len(inner.event_shape)
-    return Recognized(family, inner, max(event_dim - own, 0), direct)
+    return Recognized(family, inner, max(event_dim - own, 0), direct, masked)
 
 
 def _affine(fn: torch.distributions.TransformedDistribution) -> Distribution | None:

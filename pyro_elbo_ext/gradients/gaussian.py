@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.families import MULTIVARIATE_NORMAL, NORMAL, Recognized, recognize, symmetric
+from pyro_elbo_ext.families import MULTIVARIATE_NORMAL, NORMAL, Recognized, precise, recognize, symmetric
 from pyro_elbo_ext.gradients.costs import without_particles
 from pyro_elbo_ext.sites import plate_factor, vectorized_plates
 
@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+SMALLEST_REST = 1e-13  # 1 - leverage: below it there is rounding only
+
+
 class Linear(NamedTuple):
     """A function of noise as an intercept ``[*batch, n]`` and slopes ``[*batch, n, n]``."""
 
@@ -47,8 +50,8 @@ class Linear(NamedTuple):
 
 
 def is_gaussian(found: Recognized | None) -> bool:
-    """Tell whether a site's values are those of a normal distribution."""
-    return found is not None and found.direct and found.family in (NORMAL, MULTIVARIATE_NORMAL)
+    """Tell whether a site's values are a normal distribution's, none of them masked by the distribution itself."""
+    return found is not None and found.direct and not found.masked and found.family in (NORMAL, MULTIVARIATE_NORMAL)
 
 
 @dataclass
@@ -95,12 +98,16 @@ class GaussianSite:
 
     def noise(self, values: Tensor) -> Tensor:
         """Whiten values ``[num_particles, *plates, *event]``; the result has one flat event dimension."""
-        centred = values - self._detached["loc"]
+        centred = self.centred(values)
         if self.full_rank:
             white = torch.linalg.solve_triangular(self._detached["scale_tril"], centred[..., None], upper=False)[..., 0]
         else:
             white = centred / self._detached["scale"]
         return self._flat(white)
+
+    def centred(self, values: Tensor) -> Tensor:
+        """Return values less their mean."""
+        return values - self._detached["loc"]
 
     def residual(self, grads: Tensor) -> Tensor:
         """Turn derivatives in values into derivatives in the noise, of the same shape as the noise."""
@@ -115,7 +122,7 @@ class GaussianSite:
 
     def log_prob(self, values: Tensor) -> Tensor:
         """Return the log-density with the arguments held, summed over the event."""
-        log_prob = self.found.family.make(self._detached).log_prob(values)
+        log_prob = self.found.family.log_prob(self._detached, values)
         dims = self.found.event_dim
         return log_prob.sum(tuple(range(-dims, 0))) if dims else log_prob
 
@@ -143,11 +150,30 @@ class GaussianSite:
 
 
 def linear_fit(noise: Tensor, residual: Tensor) -> Linear:
-    """Fit a linear function by least squares, ``[*batch, num_particles, n]`` to ``[*batch, num_particles, n]``."""
+    r"""Estimate the mean of a residual and its mean slope, ``[*batch, num_particles, n]`` both; unbiased.
+
+    The least-squares line serves as a control variate, for each particle that of the others:
+    :math:`c = \frac{1}{K} \sum_k (r_k - B_{-k} \epsilon_k)` and :math:`B = \frac{1}{K} \sum_k (f_k \epsilon_k^\top +
+    B_{-k})` with :math:`f_k` the residual of k from the others' line, for :math:`E[\epsilon \epsilon^\top] = I`. Where
+    the residual is linear that is the line. With n + 1 particles there are no others to fit, and the line is taken.
+    """
+    particles, dtype = noise.shape[-2], noise.dtype
+    noise, residual = precise(noise), precise(residual)
     noise_mean, residual_mean = noise.mean(-2, keepdim=True), residual.mean(-2, keepdim=True)
     q, r = torch.linalg.qr(noise - noise_mean)
-    slopes = torch.linalg.solve_triangular(r, q.mT @ (residual - residual_mean), upper=True).mT
-    return Linear((residual_mean - noise_mean @ slopes.mT)[..., 0, :], slopes)
+    line = q.mT @ (residual - residual_mean)
+    slopes = torch.linalg.solve_triangular(r, line, upper=True).mT
+    solved = torch.linalg.solve_triangular(r, q.mT, upper=True).mT  # what dropping a particle changes, [*, K, n]
+    others = left_out(residual - residual_mean - q @ line, 1 / particles + q.square().sum(-1, keepdim=True))
+    intercept = (residual_mean - noise_mean @ slopes.mT)[..., 0, :]
+    intercept = intercept + (others * (noise * solved).sum(-1, keepdim=True)).mean(-2)
+    return Linear(intercept.to(dtype), (slopes + others.mT @ (noise - solved) / particles).to(dtype))
+
+
+def left_out(errors: Tensor, leverage: Tensor) -> Tensor:
+    """Return each particle's error from the fit to the others; 0 where it alone determines a coefficient."""
+    rest = 1 - leverage
+    return torch.where(rest > SMALLEST_REST, errors / rest.clamp(min=SMALLEST_REST), 0.0)
 
 
 def newton(fit: Linear) -> Linear:
@@ -192,6 +218,20 @@ def _whitened(parts: Sequence[Part], rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([site.residual(r).flatten(1) for (site, _, _), r in zip(parts, rows, strict=True)], -1)
 
 
+def shifts(parts: Sequence[Part], along: Along) -> list[Tensor]:
+    """Return each site's residual slopes times its own noise, summed over particles, ``[*plates, size]``.
+
+    The slopes are those of the residual in the noise of all the sites given, of each particle by itself.
+    """
+    if not parts:
+        return []
+    total: Any = 0.0
+    for site, value, grads in parts:
+        total = total + (grads * site.centred(along(site, value))).sum()
+    found = _row(total, [value for _, value, _ in parts])
+    return [site.residual(along(site, t)).sum(0) for (site, _, _), t in zip(parts, found, strict=True)]
+
+
 def element_derivative(site: GaussianSite, value: Tensor, grads: Tensor, along: Along) -> Tensor:
     """Return the slopes of a site's residual in its own noise, summed over particles, ``[*plates, size, size]``.
 
@@ -199,7 +239,7 @@ def element_derivative(site: GaussianSite, value: Tensor, grads: Tensor, along: 
     """
     flat = grads.flatten(-site.event_dim) if site.event_dim else grads[..., None]
     rows = torch.stack([along(site, _row(column.sum(), [value])[0]).sum(0) for column in flat.unbind(-1)])
-    once = site.residual(rows).movedim(-1, 0)  # [size, *plates, rows]
+    once = site.residual(rows).transpose(0, -1)  # [size, *plates, rows]
     return site.residual(once.reshape(rows.shape)).movedim(0, -1)
 
 

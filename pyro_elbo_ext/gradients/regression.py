@@ -6,8 +6,12 @@ the expectation parameters is
 .. math:: \nabla_m \mathrm{ELBO} = \mathrm{Cov}(T, T)^{-1} \, \mathrm{Cov}(T, f)
 
 Least squares of f on T over the particles estimates both covariances from the same draws, and so is exact where f is
-linear in T: in conjugate models. What is returned is the surrogate :math:`\beta^\top E_q[T]`, whose gradient in any
-parameters is the ordinary one.
+linear in T: in conjugate models. Elsewhere it would be biased by what is not linear, so for each particle the fit to
+the others, with slopes :math:`\beta_{-k}`, is a control variate, and the rest takes the score function:
+
+.. math:: \nabla \Big[ \frac{1}{K} \sum_k \beta_{-k}^\top E_q[T] + f_k^{\mathrm{rest}} \log q(x_k) \Big]
+
+which has the ELBO's gradient as its mean at any number of particles, in any parameters that q is computed from.
 
 References:
     Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression (Salimans, Knowles, 2013,
@@ -17,19 +21,21 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.families import Recognized, recognize
+from pyro_elbo_ext.families import Recognized, precise, recognize
 from pyro_elbo_ext.gradients.costs import Graph, without_particles
+from pyro_elbo_ext.gradients.gaussian import left_out
 from pyro_elbo_ext.gradients.sites import SiteGradient, Step
 from pyro_elbo_ext.particles import Draw
 
 __all__ = ["Regression", "least_squares", "regressable"]
 
-RIDGE = 1e-15  # relative, for statistics that are constant over the particles, as one value of a discrete site
+RIDGE = 1e-15  # of continuous statistics, for rounding alone
+DISCRETE_RIDGE = 1e-8  # all values of a site may be the same, or one the only of its kind
 
 
 class Regression(SiteGradient):
@@ -86,15 +92,15 @@ class _SiteStatistics:
         value_dim = nodes[0]["fn"].event_dim
         values = step.costs.along_particles([node["value"].detach() for node in nodes], value_dim)
         self.arguments = {
-            argument: without_particles(value, self.event_dim + self.family.arguments[argument], nesting).double()
+            argument: without_particles(precise(value), self.event_dim + self.family.arguments[argument], nesting)
             for argument, value in found.arguments().items()  # type: ignore[union-attr]
         }
         self.reference = {argument: value.detach() for argument, value in self.arguments.items()}
-        values = values.double() if values.is_floating_point() else values
+        self.values = values = precise(values) if values.is_floating_point() else values
         statistics = self.family.statistics(values, self.reference)
         batch = statistics.shape[: nesting + 1]
         self.columns = statistics.reshape(batch + (-1, statistics.shape[-1])).movedim(0, nesting)
-        cost = step.costs.downstream(name).detach().double()
+        cost = precise(step.costs.downstream(name).detach())
         self.cost = cost.reshape(cost.shape[-nesting - 1 :]).movedim(0, nesting)[..., None]
         self.num_particles = self.columns.shape[nesting]
 
@@ -103,36 +109,53 @@ class _SiteStatistics:
         """Statistics of one plate element."""
         return self.columns.shape[-1] * self.columns.shape[-2]
 
+    @property
+    def ridge(self) -> Tensor:
+        """Relative ridge of each statistic."""
+        return self.columns.new_full((self.size,), DISCRETE_RIDGE if self.family.discrete else RIDGE)
+
     def surrogate(self, slopes: Tensor) -> Tensor:
         """Return a scalar whose gradient in the arguments is that of the ELBO, for slopes ``[*plates, size]``."""
         mean = self.family.expectation(self.arguments, self.reference)
         slopes = slopes.reshape(slopes.shape[:-1] + mean.shape[mean.dim() - self.event_dim - 1 :])
         return (slopes.detach() * mean).sum()
 
+    def score(self, errors: Tensor) -> Tensor:
+        """Return a scalar whose gradient is the score times errors ``[*plates, num_particles or units, ...]``."""
+        log_q = self.family.log_prob(self.arguments, self.values)
+        nesting = self.columns.dim() - 3
+        log_q = log_q.flatten(nesting + 1) if log_q.dim() > nesting + 1 else log_q[..., None]
+        return (errors.detach() * log_q.movedim(0, nesting)).sum() / self.num_particles
+
 
 def _regress(sites: Sequence[_SiteStatistics]) -> Tensor:
     """Regress the costs of sites in the same plates on their statistics, as jointly as the particles allow."""
     particles, size = sites[0].num_particles, sum(site.size for site in sites)
-    if particles >= 2 * size:
-        columns = _broadcast_cat([site.columns.flatten(-2) for site in sites])
-        slopes = least_squares(columns, _broadcast_cat([site.cost for site in sites]))
-        parts = zip(sites, slopes.split([site.size for site in sites], -2), strict=True)
-        return torch.stack([site.surrogate(part[..., i]) for i, (site, part) in enumerate(parts)]).sum()
-    return torch.stack([_regress_alone(site) for site in sites]).sum()
+    if particles < 2 * size:
+        return torch.stack([_regress_alone(site) for site in sites]).sum()
+    columns, ridge = _broadcast_cat([site.columns.flatten(-2) for site in sites]), torch.cat([s.ridge for s in sites])
+    fit = least_squares(columns, _broadcast_cat([site.cost for site in sites]), ridge)
+    parts = zip(sites, fit.slopes.split([site.size for site in sites], -2), strict=True)
+    terms = [
+        site.surrogate(part[..., i]) + site.score(fit.errors[..., i, None]) for i, (site, part) in enumerate(parts)
+    ]
+    return torch.stack(terms).sum()
 
 
 def _regress_alone(site: _SiteStatistics) -> Tensor:
     units, statistics = site.columns.shape[-2:]
     if site.num_particles >= 2 * site.size:
-        return site.surrogate(least_squares(site.columns.flatten(-2), site.cost)[..., 0])
+        fit = least_squares(site.columns.flatten(-2), site.cost, site.ridge)
+        return site.surrogate(fit.slopes[..., 0]) + site.score(fit.errors)
     if site.num_particles <= statistics:
         raise ValueError(
             f"guide site '{site.name}' is a {site.family.name} with {statistics} statistics, whose regression needs "
             f"num_particles >= {statistics + 1}, better {2 * statistics} or more, got {site.num_particles}. Raise "
             "num_particles; at Gaussian sites ScoreRegression_ELBO needs far fewer."
         )
-    slopes = least_squares(site.columns.movedim(-2, -3), site.cost[..., None, :, :])
-    return site.surrogate(slopes.reshape(slopes.shape[:-3] + (units * statistics,)))
+    fit = least_squares(site.columns.movedim(-2, -3), site.cost[..., None, :, :], site.ridge[:statistics])
+    slopes = fit.slopes.reshape(fit.slopes.shape[:-3] + (units * statistics,))
+    return site.surrogate(slopes) + site.score(fit.errors[..., 0].mT)
 
 
 def _broadcast_cat(tensors: Sequence[Tensor]) -> Tensor:
@@ -140,12 +163,28 @@ def _broadcast_cat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.expand(batch + t.shape[-1:]) for t in tensors], -1)
 
 
-def least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """Return the slopes ``[*batch, n, r]`` of y ``[*batch, rows, r]`` on x ``[*batch, rows, n]``, with an intercept."""
+class Fit(NamedTuple):
+    """What a regression of y on x found.
+
+    Attributes:
+        slopes: mean over rows of the slopes that all other rows have, ``[*batch, n, r]``.
+        errors: of each row from the fit to the others, ``[*batch, rows, r]``.
+    """
+
+    slopes: Tensor
+    errors: Tensor
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: Tensor) -> Fit:
+    """Regress y ``[*batch, rows, r]`` on x ``[*batch, rows, n]`` and an intercept, with relative ridges ``[n]``."""
     x, y = x - x.mean(-2, keepdim=True), y - y.mean(-2, keepdim=True)
     scale = x.square().mean(-2, keepdim=True).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    rows, size = x.shape[-2:]
-    eye = torch.eye(size, dtype=x.dtype, device=x.device) * (RIDGE * rows) ** 0.5
-    q, r = torch.linalg.qr(torch.cat([x / scale, eye.expand(x.shape[:-2] + eye.shape)], -2))
-    return torch.linalg.solve_triangular(r, q[..., :rows, :].mT @ y, upper=True) / scale.mT
+    rows = x.shape[-2]
+    below = (ridge * rows).sqrt().diag()
+    q, r = torch.linalg.qr(torch.cat([x / scale, below.expand(x.shape[:-2] + below.shape)], -2))
+    q = q[..., :rows, :]
+    line = q.mT @ y
+    errors = left_out(y - q @ line, 1 / rows + q.square().sum(-1, keepdim=True))
+    slopes = torch.linalg.solve_triangular(r, line - q.mT @ errors / rows, upper=True) / scale.mT
+    return Fit(slopes, errors)

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from pyro.optim import PyroOptim
+from torch import Tensor
 
 from pyro_elbo_ext.natural.ivon import IVON
 
 __all__ = ["SCHEDULES", "check_arguments", "check_mode"]
 
 
-def inverse(step: int) -> float:
+def inverse(step: Tensor) -> Tensor:
     """Full steps at first, then falling with the number of steps, so that the noise of the iterates averages out."""
-    return 1 / (1 + 0.25 * max(0, step - 6))
+    return 1 / (1 + 0.25 * (step - 6).clamp(min=0.0))
 
 
-SCHEDULES: dict[str, Callable[[int], float]] = {"inverse": inverse, "constant": lambda step: 1.0}
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {"inverse": inverse, "constant": torch.ones_like}
 
 
 def check_arguments(
-    guide: Any, lr: Any, schedule: Any, max_kl: Any, optim: Any, average_after: Any, clip_args: Any
+    guide: Any, lr: Any, schedule: Any, max_kl: Any, retreat: Any, optim: Any, average_after: Any, clip_args: Any
 ) -> None:
     """Refuse what would not be a natural-gradient step."""
     if isinstance(guide, (PyroOptim, dict, float, int)) or (guide is not None and not callable(guide)):
@@ -43,6 +45,8 @@ def check_arguments(
         raise ValueError(f"max_kl must be a positive number of nats or None, got {max_kl!r}")
     if optim is not None and not isinstance(optim, PyroOptim):
         raise ValueError(f"optim must be a pyro.optim.PyroOptim for the other parameters, got {optim!r}")
+    if isinstance(retreat, bool) or not isinstance(retreat, int) or retreat < 0:
+        raise ValueError(f"retreat must be a number of opening steps, 0 for none, got {retreat!r}")
     if average_after is not None and (not isinstance(average_after, int) or average_after < 0):
         raise ValueError(f"average_after must be a number of steps or None, got {average_after!r}")
     if clip_args is not None:

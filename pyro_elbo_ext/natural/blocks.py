@@ -10,22 +10,25 @@ All is tensor code without a branch on a value, in float64: closed-form Fisher i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
-from pyro_elbo_ext.families import Family, Parametrization, Params, every, lift
+from pyro_elbo_ext.families import Family, Parametrization, Params, every, lift, precise
+from pyro_elbo_ext.natural.retreat import Trail, judge, no_trail
 
-__all__ = ["Block", "Gradient", "Move", "Start", "natural_step", "precise"]
+__all__ = ["Block", "Gradient", "Move", "Rate", "natural_step"]
 
 NUM_STEPS = 10  # step sizes tried at once: the wanted one, its halves, and one that is always possible
-OVERSHOT = 1.5  # a loss that rises at a step's end so many times as fast as it fell at its beginning
-SHORTEST_KEPT = 0.1  # part of a step that is kept when going back
 SAFE_KL = 0.1  # nats: a step this short in the Fisher metric stays inside the domain of every family here
+
+
+Rate = Callable[[Tensor], Tensor]
 
 
 class Move(NamedTuple):
@@ -60,19 +63,6 @@ class Gradient(NamedTuple):
     visited: Tensor
 
 
-class Start(NamedTuple):
-    """Where the last step of a block began.
-
-    Attributes:
-        natural: natural coordinates.
-        fall: nats by which the whole step would have lowered the loss had that gone on falling as at its beginning,
-            by plate element; 0 where there was no step.
-    """
-
-    natural: dict[str, Tensor]
-    fall: Tensor
-
-
 @dataclass(frozen=True)
 class Block:
     """The parameters of one site.
@@ -89,6 +79,7 @@ class Block:
         event_dim: dimensions of units that belong to one element.
         divisor: N/B of the site's plates, times the number of its values that share a unit.
         share: of the units, which part the minibatch had for which ``divisor`` was found.
+        counted: count the elements that a minibatch has by their gradient.
     """
 
     site: str
@@ -99,22 +90,27 @@ class Block:
     event_dim: int
     divisor: float
     share: float
+    counted: bool
 
     def describe(self, leaves: Params) -> dict[str, Any]:
         """Return what must agree for a saved state to fit."""
         shapes = {name: list(leaves[argument].shape) for argument, name in self.names.items()}
         return {"family": self.family.name, "parameters": shapes}
 
+    def like(self, other: Block) -> bool:
+        """Tell whether the same parameters stand for the same family."""
+        return self.family is other.family and self.names == other.names
+
     def read(self, leaves: Params) -> dict[str, Tensor]:
         """Return the family's arguments, from the unconstrained parameters by argument."""
         return self.parametrization.read(
-            {name: transform_to(self.constraints[name])(precise(leaf)) for name, leaf in leaves.items()}
+            {name: transform_to(self.constraints[name])(precise(leaf.detach())) for name, leaf in leaves.items()}
         )
 
     def write(self, q: Params) -> dict[str, Tensor]:
         """Return the unconstrained parameters, by argument."""
         given = self.parametrization.write(q)
-        return {name: transform_to(self.constraints[name]).inv(value) for name, value in given.items()}
+        return {name: _unconstrain(self.constraints[name], value) for name, value in given.items()}
 
     def gradient(self, leaves: Params, grads: Params) -> Gradient:
         """Turn the gradient in the parameters into the gradient in the family's arguments."""
@@ -123,12 +119,13 @@ class Block:
             attached = {name: value.requires_grad_() for name, value in q.items()}
             written = self.write(attached)
             outputs = [written[name] for name in grads]
-            found = torch.autograd.grad(outputs, list(attached.values()), [precise(g) for g in grads.values()],
+            found = torch.autograd.grad(outputs, list(attached.values()), [precise(g.detach()) for g in grads.values()],
                                         allow_unused=True, materialize_grads=True)  # fmt: skip
         visited = torch.stack([self.units(name, grads[name] != 0).any(-1) for name in grads]).any(0)
         divisor: Any = self.divisor
-        if self.share < 1:  # the minibatch may be of another size today
-            divisor = divisor * (self.share * visited.numel() / visited.sum().clamp(min=1))
+        if self.counted:  # the minibatch may be of another size today
+            met = self.over_element(visited.double()) > 0
+            divisor = divisor * (self.share * met.numel() / met.sum().clamp(min=1))
         q = {name: value.detach() for name, value in q.items()}
         return Gradient(q, {name: g / divisor for name, g in zip(q, found, strict=True)}, visited)
 
@@ -145,23 +142,24 @@ class Block:
         """Give a tensor of elements the dimensions of units."""
         return lift(t, self.event_dim)
 
-    def replace(self, leaves: Params, q: Params, wanted: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Write arguments into the parameters of the units that are wanted and stay finite; return which those are."""
-        written = {name: value.to(leaves[name].dtype) for name, value in self.write(q).items()}
-        for name, value in written.items():
-            wanted = wanted & torch.isfinite(self.units(name, value)).all(-1)
-        dims = self.parametrization.event_dims
-        return {n: torch.where(lift(wanted, dims[n]), written[n], leaf) for n, leaf in leaves.items()}, wanted
+    def write_like(self, leaves: Params, q: Params) -> dict[str, Tensor]:
+        """Return the unconstrained parameters in the parameters' own precision."""
+        return {name: value.to(leaves[name].dtype) for name, value in self.write(q).items()}
 
-    def rise(self, here: Params, grad: Params, start: Start) -> Tensor:
-        """Return how fast the loss rises at the end of the last step, in the units of its fall at the beginning."""
+    def replace(self, leaf: Tensor, tried: Tensor, which: Tensor, wanted: Tensor, name: str) -> Tensor:
+        """Put the tried value with number ``which`` of each element into the units of a parameter that are wanted."""
+        own = self.parametrization.event_dims[name]
+        return torch.where(lift(wanted, own), tried.take_along_dim(lift(self.to_units(which), own), 0)[0], leaf)
+
+    def rise(self, here: Params, grad: Params, start: Params) -> Tensor:
+        """Return by how much a whole step like the last would raise the loss from here, by element, in nats."""
         with torch.enable_grad():
             eta = {name: value.detach().requires_grad_() for name, value in here.items()}
             q = self.family.from_natural(eta)
             slopes = torch.autograd.grad([q[name] for name in grad], list(eta.values()), list(grad.values()))
         total: Any = 0.0
         for (name, value), slope in zip(here.items(), slopes, strict=True):
-            product = slope * (value - start.natural[name])
+            product = slope * (value - start[name])
             total = total + (product.flatten(-own).sum(-1) if (own := self.own(name)) else product)
         return self.over_element(total)
 
@@ -178,68 +176,80 @@ class Block:
         """Choose by element between two values of an argument or coordinate."""
         return torch.where(lift(self.to_units(flags), self.own(name)), first, second)
 
-    def finite(self, q: Params) -> Tensor:
-        """Tell which elements have finite arguments only."""
-        flags = [every(torch.isfinite(value), self.own(name)) for name, value in q.items()]
+    def finite(self, values: Params, own: Mapping[str, int]) -> Tensor:
+        """Tell which elements have finite numbers only, each of ``own`` dimensions a unit."""
+        flags = [every(torch.isfinite(value), own[name]) for name, value in values.items()]
         return self.over_element((~torch.stack(flags).all(0)).double()) == 0
 
-    def pick(self, tried: Tensor, which: Tensor, name: str) -> Tensor:
-        """Take the tried value of an argument with number ``which``, by element."""
-        return tried.take_along_dim(lift(self.to_units(which), self.own(name)), 0)[0]
 
-
-def precise(t: Tensor) -> Tensor:
-    """Return a tensor in float64, detached; as it is on MPS, which has none."""
-    return t.detach() if t.device.type == "mps" else t.detach().to(torch.float64)
+def _unconstrain(constraint: Any, value: Tensor) -> Tensor:
+    """Invert a constraint's transform; where torch's own inverse would raise, return NaN."""
+    if not isinstance(constraint, type(constraints.positive_definite)):
+        return transform_to(constraint).inv(value)
+    factor, info = torch.linalg.cholesky_ex(value)
+    factor = torch.where(lift(info == 0, 2), factor, math.nan)
+    return transform_to(constraints.lower_cholesky).inv(factor)
 
 
 def natural_step(
-    block: Block, leaves: Params, grads: Params, lr: Tensor, max_kl: float | None, start: Start | None = None
-) -> tuple[dict[str, Tensor], Move, Start]:
-    """Return the parameters after one natural-gradient step, what it did, and where it began.
+    block: Block,
+    leaves: Params,
+    grads: Params,
+    rate: Rate,
+    max_kl: float | None,
+    trail: Trail | None = None,
+    watched: bool = False,
+    opening: bool = False,
+) -> tuple[dict[str, Tensor], Move, Trail]:
+    """Return the parameters after one natural-gradient step, what it did, and how steps have gone.
 
-    The largest of a fixed number of step sizes is taken that keeps every element inside its family's domain and within
-    ``max_kl`` nats of where it was; an element for which there is none stays as it was. An element that overshot in
-    the step before goes back part of its way instead.
+    The largest of a fixed number of step sizes is taken that keeps every element inside its family's domain, and that
+    of its parameters' constraints, and within ``max_kl`` nats of where it was; an element for which there is none stays
+    as it was. In the opening an element that overshot in the step before goes back part of its way instead.
 
     Args:
         block: whose parameters they are.
         leaves: unconstrained parameters, by argument.
         grads: gradients of the loss in them.
-        lr: the wanted step size, a scalar.
+        rate: the wanted step size, as a function of the number of steps that an element has taken.
         max_kl: largest KL(new || old) of one element, in nats.
-        start: of the step before, or None to go on from wherever it led.
+        trail: of the steps before, None before the first.
+        watched: look out for steps that overshot, and make later ones shorter.
+        opening: take them back, too.
     """
     q, grad, visited = block.gradient(leaves, grads)
     family, here = block.family, block.family.natural(q)
     direction = family.direction(q, grad)
     slope = block.over_element(family.slope(q, direction, grad))
-    steps = _step_sizes(slope, lr, max_kl)
-    tried = family.move(q, direction, block.to_units(steps))
-    fall, retreated = steps * slope, torch.zeros_like(slope, dtype=torch.bool)
-    if start is not None:
-        ratio = block.rise(here, grad, start) / start.fall
-        retreated = (start.fall > 0) & (ratio > OVERSHOT)
-        kept = (1 / (1 + ratio)).clamp(min=SHORTEST_KEPT)  # where a loss whose slope grows evenly is lowest
-        kept = 1 - (1 - kept) * _halves(slope)
-        back = family.from_natural(block.between(start.natural, here, kept))
+    retreated, after = torch.zeros_like(slope, dtype=torch.bool), no_trail(here, slope)
+    if trail is not None:
+        after = trail
+    if trail is not None and watched:
+        retreated, kept, after = judge(trail, block.rise(here, grad, trail.natural), opening)
+    steps = _step_sizes(slope, torch.minimum(rate(after.clock), after.longest(opening)), max_kl)
+    tried, falls = family.move(q, direction, block.to_units(steps)), steps * slope
+    if trail is not None and watched and opening:
+        parts = 1 - (1 - kept) * _halves(slope)
+        back = family.from_natural(block.between(trail.natural, here, parts))
         tried = {name: block.where(retreated, back[name], value, name) for name, value in tried.items()}
-        fall = torch.where(retreated, kept * start.fall, fall)
-        here = {name: block.where(retreated, start.natural[name], value, name) for name, value in here.items()}
+        falls = torch.where(retreated, parts * trail.fall, falls)
+        steps = torch.where(retreated, trail.step, steps)
+        here = {name: block.where(retreated, trail.natural[name], value, name) for name, value in here.items()}
     kl = block.over_element(family.kl(tried, q))
-    possible = block.finite(tried) & (torch.isfinite(kl) if max_kl is None else kl <= max_kl)
+    written = block.write_like(leaves, tried)
+    possible = block.finite(tried, family.arguments) & block.finite(written, block.parametrization.event_dims)
+    possible = possible & (torch.isfinite(kl) if max_kl is None else kl <= max_kl)
     first, rejected = possible.double().argmax(0, keepdim=True), ~possible.any(0)
-    chosen = {name: block.pick(value, first, name) for name, value in tried.items()}
-    chosen = {name: block.where(rejected, q[name], value, name) for name, value in chosen.items()}
     wanted = block.to_units(~rejected) & visited
-    new, written = block.replace(leaves, chosen, wanted)
-    rejected = rejected | (block.over_element((wanted & ~written).double()) > 0)
+    new = {name: block.replace(leaf, written[name], first, wanted, name) for name, leaf in leaves.items()}
 
     def taken(t: Tensor) -> Tensor:
         return t.take_along_dim(first, 0)[0].masked_fill(rejected, 0.0)
 
-    step = taken(steps).masked_fill(retreated, 0.0)
-    return new, Move(step, taken(kl), first[0], retreated, rejected), Start(here, taken(fall))
+    stays = retreated | rejected
+    clock = torch.where(stays, after.clock, after.clock + 1)
+    after = after._replace(natural=here, fall=taken(falls), step=taken(steps), clock=clock)
+    return new, Move(after.step.masked_fill(retreated, 0.0), taken(kl), first[0], retreated, rejected), after
 
 
 def _halves(example: Tensor) -> Tensor:
@@ -248,14 +258,14 @@ def _halves(example: Tensor) -> Tensor:
     return lift(0.5**powers, example.dim())
 
 
-def _step_sizes(slope: Tensor, lr: Tensor, max_kl: float | None) -> Tensor:
+def _step_sizes(slope: Tensor, wanted: Tensor, max_kl: float | None) -> Tensor:
     """Return the step sizes to try, ``[NUM_STEPS, *elements]``, falling.
 
     With half the slope as the KL of a unit step, to second order, the last is short enough for the radius whatever the
     family's third derivative does.
     """
     curvature = (slope / 2).clamp(min=torch.finfo(slope.dtype).tiny)
-    start = lr.to(slope).expand_as(slope)
+    start = wanted.expand_as(slope)
     if max_kl is not None:
         start = torch.minimum(start, 2 * (max_kl / curvature).sqrt())
     steps = start * _halves(slope)

@@ -66,13 +66,15 @@ def discover(guide: Callable, args: tuple, kwargs: dict) -> Discovery:
     why = {name: _unknown(node) for name, node in sites.items()}
     known = {name: node for name, node in sites.items() if why[name] is None}
     likely = {name: _candidates(recognize(node["fn"]), params) for name, node in known.items()}
-    with _all_different([params[name] for name in set().union(*likely.values())]):
+    with _all_different([params[name] for name in sorted(set().union(*likely.values()))]):
         coded = _run(guide, args, kwargs)[0].nodes
         matches = {site: _match(recognize(coded[site]["fn"]) if site in coded else None, params) for site in known}
     blocks = {}
     for site, match in matches.items():
         if isinstance(match, str):
             why[site] = match
+        elif match.share < 1 and _is_masked(sites[site]):
+            why[site] = "its mask hides how many rows a minibatch has"
         else:
             blocks[site] = _block(site, sites[site], match)
     _check_shared(blocks, usage)
@@ -116,7 +118,7 @@ def _usage(trace: Any, params: Mapping[str, Tensor]) -> dict[str, set[str]]:
     used: dict[str, set[str]] = {}
     leaves = {name: leaf for name, leaf in params.items() if leaf.requires_grad}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or not leaves:
+        if node["type"] != "sample" or not leaves or node["infer"].get("_deterministic"):
             continue
         outputs = [node["value"]] if not is_leaf(node) else []
         try:
@@ -128,6 +130,10 @@ def _usage(trace: Any, params: Mapping[str, Tensor]) -> dict[str, set[str]]:
             slopes = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
             used[name] = {leaf for leaf, slope in zip(leaves, slopes, strict=True) if slope is not None}
     return used
+
+
+def _is_masked(node: Any) -> bool:
+    return node["mask"] is not None or recognize(node["fn"]).masked  # type: ignore[union-attr]
 
 
 def _unknown(node: Any) -> str | None:
@@ -154,7 +160,8 @@ def _values(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the constrained values of the parameters whose constraint keeps their shape."""
     constraints = pyro.get_param_store()._constraints
     values = {name: transform_to(constraints[name])(leaf.detach()) for name, leaf in params.items()}
-    return {name: value for name, value in values.items() if value.shape == params[name].shape}
+    kept = {name: value for name, value in values.items() if value.shape == params[name].shape}
+    return dict(sorted(kept.items(), key=lambda item: item[1].numel()))  # a small one is not found in a large by chance
 
 
 def _given(
@@ -178,7 +185,7 @@ def _match(found: Recognized | None, params: Mapping[str, Tensor]) -> _Match | s
             argument: _find(value.detach(), parametrization, argument, values) for argument, value in given.items()
         }
         if all(where is not None for where in located.values()):
-            return _pair(parametrization, located, values)  # type: ignore[arg-type]
+            return _pair(parametrization, located, values, found.event_dim)  # type: ignore[arg-type]
         missing = missing or next(argument for argument, where in located.items() if where is None)
     return f"its {missing or 'arguments'} is no parameter, nor part of one"
 
@@ -227,6 +234,7 @@ def _pair(
     parametrization: Parametrization,
     located: Mapping[str, tuple[str, Tensor]],
     values: Mapping[str, Tensor],
+    event_dim: int,
 ) -> _Match | str:
     """Check that the elements of the arguments' parameters belong together one by one."""
     names = {argument: name for argument, (name, _) in located.items()}
@@ -243,7 +251,18 @@ def _pair(
     counts = counts[counts > 0]
     if not torch.equal(counts.min(), counts.max()):
         return "its values share their parameters unevenly"
+    if not _in_order(first, next(iter(shapes)), event_dim):
+        return "the parameters' dimensions are not in the order of its own"
     return _Match(parametrization, names, float(counts[0]), len(counts) / units, len(next(iter(shapes))))
+
+
+def _in_order(rows: Tensor, units: torch.Size, event_dim: int) -> bool:
+    """Tell whether the last dimensions of the units are those of the event, as all of an element move together."""
+    size = units[len(units) - min(event_dim, len(units)) :].numel()
+    if size == 1:
+        return True
+    own = rows.reshape(-1, size) if rows.numel() % size == 0 else rows[None]
+    return torch.equal(own - own[:, :1], torch.arange(size, device=rows.device).expand_as(own))
 
 
 def _block(site: str, node: Any, match: _Match) -> Block:
@@ -258,6 +277,7 @@ def _block(site: str, node: Any, match: _Match) -> Block:
         min(found.event_dim, match.dim),  # type: ignore[union-attr]
         own_scale(node) * match.shared,
         match.share,
+        any(frame.vectorized for frame in node["cond_indep_stack"]) and not _is_masked(node),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo_ext.families import NORMAL, Params
-from pyro_elbo_ext.natural.blocks import Block, Move
+from pyro_elbo_ext.natural.blocks import Block, Move, Rate
 
 __all__ = ["IVON", "Momentum", "ivon_step"]
 
@@ -50,7 +50,7 @@ class Momentum(NamedTuple):
 
 
 def ivon_step(
-    block: Block, leaves: Params, grads: Params, lr: Tensor, ivon: IVON, memory: Momentum | None
+    block: Block, leaves: Params, grads: Params, rate: Rate, ivon: IVON, memory: Momentum | None, num_steps: int
 ) -> tuple[dict[str, Tensor], Move, Momentum]:
     """Return the parameters of a block of normals after one step, what it did, and the new momentum."""
     q, grad, visited = block.gradient(leaves, grads)
@@ -61,13 +61,16 @@ def ivon_step(
         memory = Momentum(torch.zeros_like(grad["loc"]), torch.zeros_like(grad["loc"]))
     mean = torch.where(usable, torch.lerp(grad["loc"], memory.mean, ivon.momentum), memory.mean)
     weight = torch.where(usable, 1 - ivon.momentum * (1 - memory.weight), memory.weight)
+    lr = rate(torch.full((), float(num_steps), dtype=scale.dtype, device=scale.device))
     shift = lr * scale.square() * mean / weight.clamp(min=torch.finfo(mean.dtype).tiny)
     if ivon.clip_radius is not None:
         shift = torch.minimum(shift.abs(), ivon.clip_radius * scale) * shift.sign()
     moved = {"loc": torch.where(usable, q["loc"] - shift, q["loc"]), "scale": torch.where(usable, scale, q["scale"])}
-    new, written = block.replace(leaves, moved, usable)
-    rejected = block.over_element((visited & ~written).double()) > 0
-    kl = block.over_element(torch.where(written, NORMAL.kl(moved, q), 0.0))
-    step = block.over_element(written.double()) > 0
+    written = block.write_like(leaves, moved)
+    usable = usable & torch.isfinite(written["loc"]) & torch.isfinite(written["scale"])
+    new = {n: torch.where(usable, written[n], leaf) for n, leaf in leaves.items()}
+    rejected = block.over_element((visited & ~usable).double()) > 0
+    kl = block.over_element(torch.where(usable, NORMAL.kl(moved, q), 0.0))
+    step = block.over_element(usable.double()) > 0
     never = torch.zeros_like(rejected)
     return new, Move(step * lr, kl, never, never, rejected), Momentum(mean, weight)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.natural.blocks import Move, Start
+from pyro_elbo_ext.natural.blocks import Move
 from pyro_elbo_ext.natural.ivon import Momentum
+from pyro_elbo_ext.natural.retreat import Trail
 
 __all__ = ["SiteMemory"]
 
@@ -25,7 +26,7 @@ class SiteMemory:
         num_steps: taken so far.
         statistics: of the last step (size, KL) and of all (backtracks, retreats, rejections), in one tensor, so that
             nothing is waited for on a GPU before a report.
-        start: where the last step began.
+        trail: how the steps have gone.
         momentum: of the IVON mode.
         average: mean of the iterates in natural coordinates.
         num_averaged: how many iterates are in it.
@@ -33,7 +34,7 @@ class SiteMemory:
 
     num_steps: int = 0
     statistics: Tensor | None = None
-    start: Start | None = None
+    trail: Trail | None = None
     momentum: Momentum | None = None
     average: dict[str, Tensor] | None = None
     num_averaged: int = 0
@@ -63,7 +64,7 @@ class SiteMemory:
         state: dict[str, Any] = {"num_steps": self.num_steps, "num_averaged": self.num_averaged}
         parts = {"statistics": self.statistics, "average": self.average}
         parts |= {
-            "start": None if self.start is None else self.start._asdict(),
+            "trail": None if self.trail is None else self.trail._asdict(),
             "momentum": None if self.momentum is None else self.momentum._asdict(),
         }
         return state | {name: part for name, part in parts.items() if part is not None}
@@ -72,7 +73,7 @@ class SiteMemory:
     def from_state(cls, state: Mapping[str, Any]) -> SiteMemory:
         """Return what :meth:`get_state` described."""
         kept = dict(state)
-        for name, kind in (("start", Start), ("momentum", Momentum)):
+        for name, kind in (("trail", Trail), ("momentum", Momentum)):
             if name in kept:
                 kept[name] = kind(**kept[name])
         return cls(**kept)

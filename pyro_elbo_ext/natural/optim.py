@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.families import NORMAL
 from pyro_elbo_ext.natural.arguments import SCHEDULES, check_arguments, check_mode
-from pyro_elbo_ext.natural.blocks import Block, natural_step, precise
+from pyro_elbo_ext.natural.blocks import Block, Rate, natural_step
 from pyro_elbo_ext.natural.discovery import discover
 from pyro_elbo_ext.natural.ivon import ivon_step
 from pyro_elbo_ext.natural.memory import SiteMemory
@@ -48,9 +48,9 @@ class NaturalGradient(PyroOptim):
         max_kl: largest KL(new || old) of one site's step in nats, for each element of the site's plates, or None.
             It is exact: a step is halved until it fits. What counts as one element's is all its ``to_event``
             dimensions.
-        retreat: take back part of a step at whose end the loss rises faster than it fell at its beginning: lr = 1 then
-            holds on posteriors that are no Gaussian, or correlated where the guide is not. Never where the model is
-            conjugate, nor for rows of a minibatch.
+        retreat: number of opening steps of which those that overshoot are taken back in part, and the size of later
+            steps limited: lr = 1 then holds on posteriors that are no Gaussian, or correlated where the guide is not.
+            Not for rows of a minibatch. 0 for never.
         optim: a Pyro optimiser for all other parameters.
         average_after: number of steps after which the iterates are averaged in natural coordinates, or None; see
             :meth:`averaged`.
@@ -77,7 +77,7 @@ class NaturalGradient(PyroOptim):
         lr: float = 1.0,
         schedule: str | Callable[[int], float] = "inverse",
         max_kl: float | None = None,
-        retreat: bool = True,
+        retreat: int = 50,
         optim: PyroOptim | None = None,
         average_after: int | None = None,
         mode: str = "natural",
@@ -86,11 +86,11 @@ class NaturalGradient(PyroOptim):
         clip_radius: float | None = None,
         clip_args: Any = None,
     ) -> None:
-        check_arguments(guide, lr, schedule, max_kl, optim, average_after, clip_args)
+        check_arguments(guide, lr, schedule, max_kl, retreat, optim, average_after, clip_args)
         super().__init__(torch.optim.SGD, {"lr": lr})
         self.guide = guide
         self.lr = float(lr)
-        self.schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        self.schedule = schedule
         self.max_kl = max_kl
         self.retreat = retreat
         self.inner = pyro.optim.Adam({"lr": 1e-2}) if optim is None else optim  # type: ignore[attr-defined]
@@ -100,6 +100,7 @@ class NaturalGradient(PyroOptim):
         self.blocks: dict[str, Block] = {}
         self.others: dict[str, str] = {}
         self._memory: dict[str, SiteMemory] = {}
+        self._leaves: dict[str, Tensor] = {}  # as last seen: a cleared param store has others of the same names
         self._pending: Mapping[str, Any] | None = None
 
     def discover(self, guide: Callable, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +116,8 @@ class NaturalGradient(PyroOptim):
         """
         found = discover(guide, args, kwargs)
         if not found.blocks:
-            reasons = "; ".join(f"{name} ({why})" for name, why in found.others.items()) or "it has no parameters"
+            why = list(dict.fromkeys(found.others.values()))
+            reasons = "; ".join(why) if why else "it has no parameters"
             raise ValueError(
                 f"the guide has no site that NaturalGradient can step: {reasons}. Make a distribution's arguments "
                 "parameters themselves, as in dist.Normal(pyro.param('loc', ...), pyro.param('scale', ...)), or use "
@@ -127,6 +129,9 @@ class NaturalGradient(PyroOptim):
                     f"guide site '{site}' is a {block.family.name}, and mode='ivon' is for normal sites. Use "
                     "mode='natural'."
                 )
+        changed = [name for name, b in found.blocks.items() if name in self.blocks and not b.like(self.blocks[name])]
+        for site in changed:
+            self._memory.pop(site, None)
         self.blocks |= found.blocks
         self.others = found.others
         if self._pending is not None:
@@ -145,24 +150,39 @@ class NaturalGradient(PyroOptim):
         params = list(params)
         leaves = {name: p for p in params if (name := store.param_name(p)) is not None}
         self._look(leaves)
-        rate = self.lr * self.schedule(self.num_steps)
+        rate = self._rate()
         self.num_steps += 1
+        natural: set[str] = set()
         for site, block in self.blocks.items():
             own = {argument: leaves[name] for argument, name in block.names.items() if name in leaves}
-            if len(own) == len(block.names) and any(leaf.grad is not None for leaf in own.values()):
-                self._step(site, block, own, rate)
-        natural = self._natural_names()
+            if len(own) == len(block.names):
+                natural |= set(block.names.values())
+                if any(leaf.grad is not None for leaf in own.values()):
+                    self._step(site, block, own, rate)
+            elif own:
+                missing = next(name for argument, name in block.names.items() if argument not in own)
+                self.others |= {block.names[argument]: f"'{missing}' is not trained beside it" for argument in own}
         rest = [p for p in params if store.param_name(p) not in natural]
         if rest:
             self.inner(rest, *args, **kwargs)
+
+    def _rate(self) -> Rate:
+        """Return this step's size; a schedule of ours counts the steps of an element that were not taken back."""
+        if isinstance(self.schedule, str):
+            schedule = SCHEDULES[self.schedule]
+            return lambda clock: self.lr * schedule(clock)
+        factor = float(self.schedule(self.num_steps))
+        return lambda clock: torch.full_like(clock, self.lr * factor)
 
     def _natural_names(self) -> set[str]:
         return {name for block in self.blocks.values() for name in block.names.values()}
 
     def _look(self, leaves: Mapping[str, Tensor]) -> None:
         """Look at the guide when there are parameters that were not there before."""
-        if self.blocks and self._natural_names() | set(self.others) >= set(leaves):
+        known = self._natural_names() | set(self.others) >= set(leaves)
+        if self.blocks and known and all(self._leaves.get(name) is leaf for name, leaf in leaves.items()):
             return
+        self._leaves.update(leaves)
         svi, given, named = _caller()
         guide = self.guide if self.guide is not None else getattr(svi, "guide", None)
         if guide is None and not self.blocks:
@@ -175,16 +195,17 @@ class NaturalGradient(PyroOptim):
             self.others.setdefault(name, "no parameter of the guide")
 
     @torch.no_grad()
-    def _step(self, site: str, block: Block, leaves: Mapping[str, Tensor], rate: float) -> None:
+    def _step(self, site: str, block: Block, leaves: Mapping[str, Tensor], rate: Rate) -> None:
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
-        example = next(iter(leaves.values()))
-        lr = torch.full((), rate, dtype=precise(example).dtype, device=example.device)
         memory = self._memory.setdefault(site, SiteMemory())
         if self.ivon is None:
-            new, move, start = natural_step(block, leaves, grads, lr, self.max_kl, memory.start)
-            memory.start = start if self.retreat and block.share == 1 else None  # rows come and go with the minibatch
+            watched = self.retreat > 0 and block.share == 1  # rows come and go with the minibatch
+            settings = rate, self.max_kl, memory.trail, watched, self.num_steps <= self.retreat
+            new, move, memory.trail = natural_step(block, leaves, grads, *settings)
         else:
-            new, move, memory.momentum = ivon_step(block, leaves, grads, lr, self.ivon, memory.momentum)
+            new, move, memory.momentum = ivon_step(
+                block, leaves, grads, rate, self.ivon, memory.momentum, memory.num_steps
+            )
         for name, leaf in leaves.items():
             leaf.copy_(new[name])
         memory.note(move)
@@ -226,7 +247,7 @@ class NaturalGradient(PyroOptim):
             block = self.blocks[site]
             for argument, value in block.write(block.family.from_natural(natural)).items():
                 store._params[block.names[argument]].copy_(value)
-            self._memory[site].start = None
+            self._memory[site].trail = None
 
     def report(self) -> Report:
         """Say for each site what the last step did, and for each other parameter why the inner optimiser has it."""

@@ -101,7 +101,11 @@ def _subsampling(make: MakeELBO, size: int) -> list[Check]:
         shift = float(values.mean() - full_value.mean())
         slack = math.sqrt((float(grads.var()) + float(full_grad.var())) / 200)
         drift = float(grads.mean() - full_grad.mean())
-        held = abs(shift) < 4 * error and abs(drift) < 4 * slack and float(values.mean()) < evidence + 4 * error
+        held = (
+            abs(shift) <= 4 * error + 1e-6
+            and abs(drift) <= 4 * slack + 1e-6
+            and float(values.mean()) < evidence + 4 * error
+        )
         detail = f"value {float(values.mean()):.2f}, gradient {float(grads.mean()):.2f}, evidence {evidence:.2f}"
         if batch < 20:
             detail += f"; full batch {float(full_value.mean()):.2f}, {float(full_grad.mean()):.2f}"

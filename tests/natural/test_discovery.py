@@ -209,6 +209,10 @@ LEFT = {
         lambda: pyro.sample("z", dist.VonMises(param("m", 0.0), param("s", 1.0, POSITIVE))),
         {"m": "a VonMises has no natural coordinates here", "s": "a VonMises has no natural coordinates here"},
     ),
+    "kept the other way round": (
+        normal(lambda: param("m", torch.zeros(2, 3)).T, lambda: param("s", torch.ones(2, 3), POSITIVE).T, 3, event=1),
+        {"m": "not in the order of its own", "s": "not in the order of its own"},
+    ),
     "no site": (lambda: pyro.deterministic("d", param("m", 0.0) + 1), {"m": "no argument of a random guide site"}),
 }
 
@@ -245,7 +249,7 @@ def test_networks_are_left_alone():
 
 SHARED = {
     "two sites": lambda m, s: pyro.sample("y", dist.Normal(m, 2.0)),
-    "a site's value": lambda m, s: pyro.deterministic("y", 2 * s),
+    "a site's value": lambda m, s: pyro.sample("y", dist.Delta(2 * s)),
     "through a network": lambda m, s: pyro.sample("y", dist.Normal((m * s).tanh(), 1.0)),
 }
 
@@ -299,3 +303,44 @@ def test_rows_of_a_minibatch():
 
     block_found = discover(outer, (torch.tensor([3, 7]),), {}).blocks["z"]
     assert (block_found.divisor, block_found.share) == (10.0, 1.0)
+
+
+def test_what_is_computed_and_not_scored_is_no_use():
+    def guide():
+        m = param("m", 0.0)
+        pyro.sample("z", dist.Normal(m, param("s", 1.0, POSITIVE)))
+        pyro.deterministic("twice", 2 * m)
+
+    assert list(found(guide)[0]) == ["z"]
+
+
+def test_scalars_beside_a_large_site():
+    """In float32 a million numbers hold nearly every other: the small parameter is taken."""
+    torch.set_default_dtype(torch.float32)
+
+    def guide():
+        loc, scale = param("wl", torch.zeros(10**6)), param("ws", torch.ones(10**6), POSITIVE)
+        pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+        for i in range(6):
+            pyro.sample(f"z{i}", dist.Normal(param(f"l{i}", 0.0), param(f"s{i}", 1.0, POSITIVE)))
+
+    blocks, _ = found(guide)
+    assert {site: names for site, (_, names, _) in blocks.items()} == {
+        "w": ("wl", "ws"),
+        **{f"z{i}": (f"l{i}", f"s{i}") for i in range(6)},
+    }
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda a, b: dist.ZeroInflatedDistribution(dist.Gamma(a, b), gate=torch.tensor(0.3)),
+        lambda a, b: dist.FoldedDistribution(dist.Normal(a, b)),
+    ],
+    ids=["zero-inflated", "folded"],
+)
+def test_other_distributions_around_a_family_are_not_that_family(fn):
+    def guide():
+        pyro.sample("z", fn(param("a", 1.0, POSITIVE), param("b", 1.0, POSITIVE)))
+
+    assert not found(guide)[0]

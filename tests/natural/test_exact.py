@@ -282,11 +282,11 @@ def mean_field_path(steps, loss, **settings):
 
 
 def test_full_steps_of_a_mean_field_guide_diverge_on_a_correlated_design():
-    errors, _ = mean_field_path(12, Price_ELBO(1), retreat=False)
+    errors, _ = mean_field_path(12, Price_ELBO(1), retreat=0)
     assert errors[-1] > 10 * errors[2]
 
 
-@pytest.mark.parametrize("settings", [{"max_kl": 0.5, "retreat": False}, {}], ids=["radius", "retreat"])
+@pytest.mark.parametrize("settings", [{"max_kl": 0.5, "retreat": 0}, {}], ids=["radius", "retreat"])
 def test_radius_and_retreat_hold_them(settings):
     errors, report = mean_field_path(80, Price_ELBO(1), **settings)
     assert max(errors) < 3 * errors[0] + 3
@@ -296,7 +296,7 @@ def test_radius_and_retreat_hold_them(settings):
 
 
 def test_newton_needs_neither():
-    errors, _ = mean_field_path(2, ScoreRegression_ELBO(20, direction="newton"), retreat=False)
+    errors, _ = mean_field_path(2, ScoreRegression_ELBO(20, direction="newton"), retreat=0)
     assert errors[-1] < 1e-8
 
 
