@@ -1,6 +1,5 @@
 """Losses for ``pyro.infer.SVI``."""
 
-from pyro_elbo_ext.elbo.gaussian import Price_ELBO, ScoreRegression_ELBO
 from pyro_elbo_ext.elbo.importance import (
     CIWAE_ELBO,
     IWAE_ELBO,
@@ -10,8 +9,10 @@ from pyro_elbo_ext.elbo.importance import (
     ImportanceWeighted_ELBO,
 )
 from pyro_elbo_ext.elbo.mean_field import MeanField_ELBO
+from pyro_elbo_ext.elbo.price import Price_ELBO
 from pyro_elbo_ext.elbo.regression import Regression_ELBO
 from pyro_elbo_ext.elbo.score_function import ScoreFunction_ELBO
+from pyro_elbo_ext.elbo.score_regression import ScoreRegression_ELBO
 from pyro_elbo_ext.elbo.wake_sleep import ReweightedWakeSleep_ELBO
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""ELBOs whose gradients at Gaussian sites are exact where the posterior is Gaussian."""
+"""What ELBOs share that differentiate Gaussian sites by a linear model of the score around them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_elbo_ext.dependencies import Dependencies
 from pyro_elbo_ext.elbo.base import ParticleELBO
-from pyro_elbo_ext.elbo.regression import checked_chunk
-from pyro_elbo_ext.families import recognize, symmetric
+from pyro_elbo_ext.elbo.regression import Roots, checked_chunk
+from pyro_elbo_ext.families import recognize
 from pyro_elbo_ext.gradients.costs import Costs, Graph
 from pyro_elbo_ext.gradients.gaussian import (
     GaussianSite,
     Linear,
-    element_derivative,
     is_gaussian,
-    joint_derivative,
-    linear_fit,
-    newton,
-    shifts,
 )
 from pyro_elbo_ext.gradients.linearized import graph_leaves, linearized
 from pyro_elbo_ext.gradients.pathwise import Estimate
@@ -33,7 +29,7 @@ from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.plates import Layout
 from pyro_elbo_ext.sites import Site, base_name, is_reparameterized
 
-__all__ = ["Price_ELBO", "ScoreRegression_ELBO"]
+__all__ = ["Gaussian_ELBO", "flat_fit"]
 
 
 class _Part(NamedTuple):
@@ -58,7 +54,7 @@ class _Part(NamedTuple):
     grads: tuple[Tensor, ...] = ()
 
 
-class _Gaussian_ELBO(ParticleELBO):
+class Gaussian_ELBO(ParticleELBO):
     """Base of ELBOs that differentiate a guide's Gaussian sites by a linear model of the score around them."""
 
     _can_drop = False
@@ -72,7 +68,7 @@ class _Gaussian_ELBO(ParticleELBO):
     ) -> None:
         super().__init__(num_particles, None, vectorize_particles, max_plate_nesting)
         self.chunk_size = checked_chunk(chunk_size, num_particles, vectorize_particles)
-        self._dependencies: dict[Any, Dependencies] = {}
+        self._roots = Roots()
 
     @property
     def _linear(self) -> bool:
@@ -83,12 +79,7 @@ class _Gaussian_ELBO(ParticleELBO):
 
     def _is_fitted(self, sampler: ParticleSampler) -> Callable[[Any], bool]:
         """Return what tells the Gaussian sites that descend from no other."""
-        key = sampler.model, sampler.guide, sampler.switches()
-        if key not in self._dependencies:
-            if len(self._dependencies) > 100:  # models made anew for every call must not pile up
-                self._dependencies.clear()
-            self._dependencies[key] = sampler.find_dependencies()
-        parents = self._dependencies[key].parents
+        parents = self._roots.parents(sampler)
 
         def fitted(node: Any) -> bool:
             return not parents.get(("guide", node["name"]), True) and is_gaussian(recognize(node["fn"]))
@@ -96,7 +87,14 @@ class _Gaussian_ELBO(ParticleELBO):
         return fitted
 
     def _draw(self, sampler: ParticleSampler) -> list[Draw]:
-        handlers = [Differentiable(self._is_fitted(sampler))] if torch.is_grad_enabled() else []
+        if not torch.is_grad_enabled():
+            return self._runs(sampler)
+        draws = self._runs(sampler, Differentiable(self._is_fitted(sampler)))
+        if self._roots.met_new_sites(sampler, draws):
+            draws = self._runs(sampler, Differentiable(self._is_fitted(sampler)))
+        return draws
+
+    def _runs(self, sampler: ParticleSampler, *handlers: Messenger) -> list[Draw]:
         return [draw for _ in range(self.num_particles // sampler.num_particles) for draw in sampler.draw(*handlers)]
 
     def _estimate(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> Estimate:
@@ -202,7 +200,7 @@ def _check_paths(draw: Draw, elbo: str) -> None:
             )
 
 
-def _flat_fit(
+def flat_fit(
     sites: Sequence[GaussianSite], noise: Sequence[Tensor], fit: Linear
 ) -> Iterator[tuple[GaussianSite, Tensor, Tensor]]:
     """Yield each site's intercept and blocks of a fit in which every plate was flattened."""
@@ -215,210 +213,3 @@ def _flat_fit(
         blocks = site.blocks(slopes.reshape(n.shape[1:] + (own,)))
         yield site, fit.intercept[start:stop].reshape(n.shape[1:]), blocks
         start = stop
-
-
-class ScoreRegression_ELBO(_Gaussian_ELBO):
-    r"""The ELBO, with gradients at Gaussian sites from a linear regression of scores on noise.
-
-    Where the posterior is Gaussian, K > d particles give the exact gradient in the mean and covariance of d
-    coordinates, so that a :class:`~pyro_elbo_ext.NaturalGradient` step with ``lr=1`` lands on it; on other posteriors
-    the noise that is left is that of what is not quadratic. Costs one run of the pair and one backward, and
-    :math:`O(K d^2 + d^3)`. The gradient is an ordinary one: any optimiser takes it.
-
-    It acts on normal and multivariate normal sites that descend from no other, those of ``AutoNormal``,
-    ``AutoDiagonalNormal`` and ``AutoMultivariateNormal`` among them; a path elsewhere. All coordinates outside
-    subsampled plates are regressed jointly if there are at least twice as many particles; if not, and inside subsampled
-    plates, each plate element of each site by itself (and each coordinate of a normal site by itself, if it has more
-    than half as many as there are particles).
-
-    Args:
-        num_particles: K. Twice the number of coordinates is a good choice, one more than those of the largest
-            multivariate normal the least.
-        direction: ``"gradient"``, or ``"newton"`` for mean-field guides: in the mean then stands no gradient but a
-            direction that makes a natural-gradient step Newton's, which sees correlations that a mean-field Fisher
-            information does not. Its fixed points are those of the gradient. Needs the joint regression.
-        chunk_size: particles that are run at once; what is kept of the others is their noise and scores.
-        vectorize_particles: run the particles of a chunk at once.
-        max_plate_nesting: plate dimensions of the pair.
-
-    Raises:
-        ValueError: when run, too few particles, or a guide site without a path; the site is named.
-
-    References:
-        Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression (Salimans, Knowles, 2013,
-        arXiv:1206.6679); Sticking the Landing (Roeder, Wu, Duvenaud, 2017, arXiv:1703.09194), for the score that is
-        left out.
-    """
-
-    def __init__(
-        self,
-        num_particles: int = 64,
-        direction: str = "gradient",
-        chunk_size: int | None = None,
-        vectorize_particles: bool = True,
-        max_plate_nesting: float = math.inf,
-    ) -> None:
-        super().__init__(num_particles, chunk_size, vectorize_particles, max_plate_nesting)
-        if direction not in ("gradient", "newton"):
-            raise ValueError(f'direction must be "gradient" or "newton", got {direction!r}')
-        self.direction = direction
-
-    def _surrogate(
-        self,
-        sites: Sequence[GaussianSite],
-        noise: Sequence[Tensor],
-        residual: Sequence[Tensor],
-        slopes: Sequence[Any],
-        layout: Layout | None,
-    ) -> Tensor:
-        whole = [i for i, site in enumerate(sites) if not site.subsampled]
-        size = sum(noise[i][0].numel() for i in whole)
-        joint = bool(whole) and 2 * size <= self.num_particles
-        if self.direction == "newton":
-            self._check_newton(sites, size)
-            joint = True
-        terms = []
-        if joint:
-            flat = [torch.cat([t[i].flatten(1) for i in whole], -1) for t in (noise, residual)]
-            fit = linear_fit(*flat)
-            fit = newton(fit) if self.direction == "newton" else fit
-            parts = _flat_fit([sites[i] for i in whole], [noise[i] for i in whole], fit)
-            terms += [site.surrogate(*rest) for site, *rest in parts]
-        alone = [i for i in range(len(sites)) if not joint or i not in whole]
-        return torch.stack(terms + [self._alone(sites[i], noise[i], residual[i]) for i in alone]).sum()
-
-    def _alone(self, site: GaussianSite, noise: Tensor, residual: Tensor) -> Tensor:
-        """Regress one site, each of its plate elements by itself."""
-        size = noise.shape[-1]
-        block = site.unit_size if site.full_rank or 2 * size > self.num_particles else size
-        least = max(block + 1, 3)
-        if self.num_particles < least:
-            raise ValueError(
-                f"guide site '{site.name}' has {block} coordinates, and the regression of their scores needs "
-                f"num_particles >= {least}, better {2 * block} or more, got {self.num_particles}. Raise num_particles, "
-                "with chunk_size if memory is short."
-            )
-        nesting = noise.dim() - 2
-        parted = [
-            t.reshape(t.shape[:-1] + (size // block, block)).movedim(0, -2) for t in (noise, residual)
-        ]  # [*plates, blocks, num_particles, block]
-        fit = linear_fit(*parted)
-        intercept = fit.intercept.flatten(nesting)
-        if site.full_rank:
-            return site.surrogate(intercept, fit.slopes)
-        return site.surrogate(intercept, fit.slopes.diagonal(dim1=-2, dim2=-1).flatten(nesting))
-
-    def _check_newton(self, sites: Sequence[GaussianSite], size: int) -> None:
-        for site in sites:
-            if site.full_rank:
-                raise ValueError(
-                    f"guide site '{site.name}' is a multivariate normal, whose natural gradient is Newton's step "
-                    "already. Use direction='gradient'."
-                )
-            if site.subsampled:
-                raise ValueError(
-                    f"guide site '{site.name}' stands in a subsampled plate, and the newton direction needs all "
-                    "coordinates at once. Use direction='gradient'."
-                )
-        if self.num_particles <= size:
-            raise ValueError(
-                f"guide sites {', '.join(repr(site.name) for site in sites)} have {size} coordinates, and "
-                f"direction='newton' needs num_particles >= {size + 1}, better {2 * size}, got {self.num_particles}. "
-                "Raise num_particles, with chunk_size if memory is short."
-            )
-
-
-class Price_ELBO(_Gaussian_ELBO):
-    r"""The ELBO, with gradients at Gaussian sites from the model's second derivatives.
-
-    :math:`\nabla_\Sigma E_q[f] = \tfrac12 E_q[\nabla^2 f]` (Price) and :math:`\nabla_\mu E_q[f] = E_q[\nabla f]`
-    (Bonnet), the latter corrected by the Hessian for where the draws happened to lie: exact where the log-density is
-    quadratic, with a single particle. Costs d backward passes for d coordinates, those of every plate over which the
-    pair does not factorise included. The gradient is an ordinary one: any optimiser takes it.
-
-    It acts where :class:`ScoreRegression_ELBO` does; a path elsewhere. The model must be twice differentiable, which a
-    sum of absolute values or a ``relu`` network is only almost everywhere: their curvature is missed, silently.
-
-    Args:
-            num_particles: K.
-            chunk_size: particles that are run at once.
-            vectorize_particles: run the particles of a chunk at once.
-            max_plate_nesting: plate dimensions of the pair.
-
-    Raises:
-            ValueError: when run, a guide site without a path; the site is named.
-
-    References:
-            The Variational Gaussian Approximation Revisited (Opper, Archambeau, 2009); Stein's Lemma for the
-            Reparameterization Trick with Exponential Family Mixtures (Lin, Khan, Schmidt, 2019, arXiv:1910.13398).
-    """
-
-    _second_order = True
-
-    def __init__(
-        self,
-        num_particles: int = 8,
-        chunk_size: int | None = None,
-        vectorize_particles: bool = True,
-        max_plate_nesting: float = math.inf,
-    ) -> None:
-        super().__init__(num_particles, chunk_size, vectorize_particles, max_plate_nesting)
-
-    def _slopes(
-        self,
-        costs: Costs,
-        sites: Sequence[GaussianSite],
-        values: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        layout: Layout,
-    ) -> Any:
-        """Return sums over particles: of sites taken together, and of each that factorises over its plates."""
-        own = [costs.along_particles([grad], s.event_dim) for s, grad in zip(sites, grads, strict=True)]
-
-        def along(site: GaussianSite, t: Tensor) -> Tensor:
-            return costs.along_particles([t], site.event_dim).detach()
-
-        together, alone = _parted(sites, layout)
-        groups = [[(sites[i], values[i], own[i]) for i in together], *([(sites[i], values[i], own[i])] for i in alone)]
-        matrices = [joint_derivative(groups[0], along), *(element_derivative(*group[0], along) for group in groups[1:])]
-        moved = [shift for group in groups for shift in shifts(group, along)]
-        return matrices, dict(zip([*together, *alone], moved, strict=True))
-
-    def _surrogate(
-        self,
-        sites: Sequence[GaussianSite],
-        noise: Sequence[Tensor],
-        residual: Sequence[Tensor],
-        slopes: Sequence[Any],
-        layout: Layout | None,
-    ) -> Tensor:
-        together, alone = _parted(sites, layout)
-        matrices = [
-            symmetric(sum(parts)) for parts in zip(*(m for m, _ in slopes), strict=True) if parts[0] is not None
-        ]
-        moved = {i: sum(own[i] for _, own in slopes) for i in (*together, *alone)}
-        terms = []
-        if together:
-            flat = [torch.cat([t[i].flatten(1) for i in together], -1).mean(0) for t in (noise, residual)]
-            shift = torch.cat([moved[i].flatten() for i in together])
-            fit = self._fit(matrices.pop(0), flat[0], flat[1], shift)
-            parts = _flat_fit([sites[i] for i in together], [noise[i] for i in together], fit)
-            terms += [site.surrogate(*rest) for site, *rest in parts]
-        for i, matrix in zip(alone, matrices, strict=True):
-            fit = self._fit(matrix, noise[i].mean(0), residual[i].mean(0), moved[i])
-            terms.append(sites[i].surrogate(fit.intercept, sites[i].blocks(fit.slopes)))
-        return torch.stack(terms).sum()
-
-    def _fit(self, total: Tensor, noise: Tensor, residual: Tensor, shift: Tensor) -> Linear:
-        """Correct a mean residual for where the noise lay, for each particle by the slopes of the others."""
-        count = self.num_particles
-        moved = (total @ noise[..., None])[..., 0]  # sum over particles of all slopes times the mean noise
-        if count > 1:
-            return Linear(residual - (moved - shift / count) / (count - 1), total / count)
-        return Linear(residual - moved, total)
-
-
-def _parted(sites: Sequence[GaussianSite], layout: Layout | None) -> tuple[list[int], list[int]]:
-    """Part the sites into those with second derivatives across elements, and those without."""
-    alone = [i for i, s in enumerate(sites) if s.plates and s.plates <= set(layout.plates)]  # type: ignore[union-attr]
-    return [i for i in range(len(sites)) if i not in alone], alone

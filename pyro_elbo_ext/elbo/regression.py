@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from pyro_elbo_ext.dependencies import Key
 from pyro_elbo_ext.elbo.score_function import ScoreFunction_ELBO
 from pyro_elbo_ext.gradients.baselines import Baseline
 from pyro_elbo_ext.gradients.costs import SiteCost
@@ -23,8 +24,8 @@ class Regression_ELBO(ScoreFunction_ELBO):
 
     .. math:: \nabla_m \mathrm{ELBO} = \mathrm{Cov}(T, T)^{-1} \, \mathrm{Cov}(T, \log p - \log q)
 
-    with both covariances from the same particles, so exact where the log-density is linear in the sites' statistics T:
-    in conjugate models one :class:`~pyro_elbo_ext.NaturalGradient` step with ``lr=1`` lands on the posterior. It needs
+    with both covariances from the same particles, so exact where the log-density is linear in the sites' statistics T,
+    and unbiased elsewhere: what is not linear takes the score function. In conjugate models one :class:`~pyro_elbo_ext.NaturalGradient` step with ``lr=1`` lands on the posterior. It needs
     no derivative of the model, and takes normal, multivariate normal, gamma, beta, Dirichlet, exponential, Bernoulli,
     categorical and Wishart sites that descend from no other, each with what is downstream of it and each plate element
     by itself; sites in the same plates jointly, where there are twice as many particles as statistics. Other sites
@@ -61,13 +62,14 @@ class Regression_ELBO(ScoreFunction_ELBO):
         super().__init__(
             num_particles, baseline, Regression(), vectorize_particles, max_plate_nesting, retain_graph=retain_graph
         )
+        self._roots = Roots()
         self.chunk_size = checked_chunk(chunk_size, num_particles, vectorize_particles)
 
     def _make_sampler(self, *args: Any, **kwargs: Any) -> ParticleSampler:
         return super()._make_sampler(*args, **(kwargs | {"num_particles": self.chunk_size or kwargs["num_particles"]}))
 
     def _is_scored(self, sampler: ParticleSampler) -> Callable[[Any], bool]:
-        parents = self._find(sampler, sampler.switches()).parents
+        parents = self._roots.parents(sampler)
 
         def scored(node: Any) -> bool:
             if not is_reparameterized(node):
@@ -77,10 +79,38 @@ class Regression_ELBO(ScoreFunction_ELBO):
         return scored
 
     def _draw(self, sampler: ParticleSampler) -> list[Draw]:
+        draws = self._runs(sampler)
+        return self._runs(sampler) if self._roots.met_new_sites(sampler, draws) else draws
+
+    def _runs(self, sampler: ParticleSampler) -> list[Draw]:
         draws: list[Draw] = []
         for _ in range(self.num_particles // sampler.num_particles):
             draws += super()._draw(sampler)
         return draws
+
+
+class Roots:
+    """Remembers which sites of a guide descend from no other, also where a minibatch's sites are named by its rows."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Any, dict[Key, frozenset[str]]] = {}
+
+    def parents(self, sampler: ParticleSampler) -> dict[Key, frozenset[str]]:
+        """Return the random sites that each site met so far is drawn from."""
+        key = sampler.model, sampler.guide, sampler.switches()
+        if key not in self._parents:
+            if len(self._parents) > 100:  # models made anew for every call must not pile up
+                self._parents.clear()
+            self._parents[key] = dict(sampler.find_dependencies().parents)
+        return self._parents[key]
+
+    def met_new_sites(self, sampler: ParticleSampler, draws: Sequence[Draw]) -> bool:
+        """Look again where some draws have sites that were not there before; tell whether they had."""
+        parents = self.parents(sampler)
+        if all(("guide", name) in parents for draw in draws for name in draw.leaves):
+            return False
+        parents |= sampler.find_dependencies().parents
+        return all(("guide", name) in parents for draw in draws for name in draw.leaves)
 
 
 def checked_chunk(chunk_size: int | None, num_particles: int, vectorize: bool) -> int | None:

@@ -128,9 +128,9 @@ def test_dirichlet_and_categorical_by_values():
 
 
 LINEAR = {
-    "scores": partial(ScoreRegression_ELBO, 8),
-    "values": partial(Regression_ELBO, 16),
-    "second derivatives": partial(Price_ELBO, 4),
+    "scores": partial(ScoreRegression_ELBO, num_particles=8),
+    "values": partial(Regression_ELBO, num_particles=16),
+    "second derivatives": partial(Price_ELBO, num_particles=4),
 }
 
 
@@ -496,3 +496,34 @@ def test_nothing_is_updated_when_a_particle_is_not_finite():
         with pyro.validation_enabled(False), pytest.raises(ValueError, match="first seen at model site 'bad'"):
             loss.loss_and_grads(model, guide)
         assert all(p.grad is None for _, p in pyro.get_param_store().named_parameters())
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_rows_of_a_loop_are_met_one_by_one(name):
+    """A plate gone through in a loop has other sites in every minibatch; each is regressed when it is met."""
+    x = torch.linspace(-1.0, 2.0, 6)
+
+    def rows(batch, fn):
+        for i in pyro.plate("rows", 6, subsample=batch):
+            fn(int(i))
+
+    def model(batch):
+        def row(i):
+            z = pyro.sample(f"z{i}", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+        rows(batch, row)
+
+    def guide(batch):
+        def row(i):
+            loc, scale = pyro.param(f"m{i}", torch.tensor(0.3)), pyro.param(f"s{i}", torch.tensor(0.5))
+            pyro.sample(f"z{i}", dist.Normal(loc, scale))
+
+        rows(batch, row)
+
+    loss = LINEAR[name](num_particles=16)
+    for batch in ([0, 1], [2, 4], [5, 3]):
+        found = gradients(loss, model, guide, torch.tensor(batch))
+        for i in batch:
+            torch.testing.assert_close(found[f"m{i}"], 3 * (x[i] - 0.6))
+            torch.testing.assert_close(found[f"s{i}"], torch.tensor(3 * (2 - 1.0)))
