@@ -100,7 +100,8 @@ class GaussianSite:
         """Whiten values ``[num_particles, *plates, *event]``; the result has one flat event dimension."""
         centred = self.centred(values)
         if self.full_rank:
-            white = torch.linalg.solve_triangular(self._detached["scale_tril"], centred[..., None], upper=False)[..., 0]
+            columns = centred.movedim(0, -1)  # one system for all particles
+            white = torch.linalg.solve_triangular(self._detached["scale_tril"], columns, upper=False).movedim(-1, 0)
         else:
             white = centred / self._detached["scale"]
         return self._flat(white)
@@ -112,7 +113,7 @@ class GaussianSite:
     def residual(self, grads: Tensor) -> Tensor:
         """Turn derivatives in values into derivatives in the noise, of the same shape as the noise."""
         if self.full_rank:
-            white = (self._detached["scale_tril"].mT @ grads[..., None])[..., 0]
+            white = (self._detached["scale_tril"].mT @ grads.movedim(0, -1)).movedim(-1, 0)
         else:
             white = grads * self._detached["scale"]
         return self._flat(white)

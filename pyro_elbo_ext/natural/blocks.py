@@ -24,7 +24,7 @@ from pyro_elbo_ext.natural.retreat import Trail, judge, no_trail
 
 __all__ = ["Block", "Gradient", "Move", "Rate", "natural_step"]
 
-NUM_STEPS = 10  # step sizes tried at once: the wanted one, its halves, and one that is always possible
+TRIED = (1.0, 0.5, 0.25, 0.1, 0.02)  # parts of the wanted step that are tried at once, beside one always possible
 SAFE_KL = 0.1  # nats: a step this short in the Fisher metric stays inside the domain of every family here
 
 
@@ -37,7 +37,7 @@ class Move(NamedTuple):
     Attributes:
         step: the step size taken, 0 where none was.
         kl: KL(new || old) in nats.
-        backtracks: times that the step was halved.
+        backtracks: times that the step was shortened.
         retreated: True where part of the step before was taken back instead.
         rejected: True where no step was possible and the parameters stayed as they were.
     """
@@ -229,7 +229,7 @@ def natural_step(
     steps = _step_sizes(slope, torch.minimum(rate(after.clock), after.longest(opening)), max_kl)
     tried, falls = family.move(q, direction, block.to_units(steps)), steps * slope
     if trail is not None and watched and opening:
-        parts = 1 - (1 - kept) * _halves(slope)
+        parts = 1 - (1 - kept) * _parts(slope)
         back = family.from_natural(block.between(trail.natural, here, parts))
         tried = {name: block.where(retreated, back[name], value, name) for name, value in tried.items()}
         falls = torch.where(retreated, parts * trail.fall, falls)
@@ -252,14 +252,13 @@ def natural_step(
     return new, Move(after.step.masked_fill(retreated, 0.0), taken(kl), first[0], retreated, rejected), after
 
 
-def _halves(example: Tensor) -> Tensor:
-    """Return 1, 1/2, 1/4, ... along a new first dimension."""
-    powers = torch.arange(NUM_STEPS, dtype=example.dtype, device=example.device)
-    return lift(0.5**powers, example.dim())
+def _parts(example: Tensor) -> Tensor:
+    """Return the parts of a step that are tried, along a new first dimension; the last stands for the smallest."""
+    return torch.stack([torch.full_like(example, part) for part in (*TRIED, TRIED[-1] / 10)])
 
 
 def _step_sizes(slope: Tensor, wanted: Tensor, max_kl: float | None) -> Tensor:
-    """Return the step sizes to try, ``[NUM_STEPS, *elements]``, falling.
+    """Return the step sizes to try, falling, along a new first dimension.
 
     With half the slope as the KL of a unit step, to second order, the last is short enough for the radius whatever the
     family's third derivative does.
@@ -268,6 +267,6 @@ def _step_sizes(slope: Tensor, wanted: Tensor, max_kl: float | None) -> Tensor:
     start = wanted.expand_as(slope)
     if max_kl is not None:
         start = torch.minimum(start, 2 * (max_kl / curvature).sqrt())
-    steps = start * _halves(slope)
+    steps = start * _parts(slope)
     safe = ((SAFE_KL if max_kl is None else min(SAFE_KL, max_kl / 8)) / curvature).sqrt()
     return torch.cat([steps[:-1], torch.minimum(steps[-1:], safe[None])])

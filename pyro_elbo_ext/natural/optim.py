@@ -46,7 +46,7 @@ class NaturalGradient(PyroOptim):
         schedule: ``"inverse"`` (full steps, then 1/t: :math:`1 / (1 + \max(0, t - 6) / 4)`), ``"constant"``, or a
             function from the number of the step, counted from 0, to a factor.
         max_kl: largest KL(new || old) of one site's step in nats, for each element of the site's plates, or None.
-            It is exact: a step is halved until it fits. What counts as one element's is all its ``to_event``
+            It is exact: a step is shortened until it fits. What counts as one element's is all its ``to_event``
             dimensions.
         retreat: number of opening steps of which those that overshoot are taken back in part, and the size of later
             steps limited: lr = 1 then holds on posteriors that are no Gaussian, or correlated where the guide is not.

@@ -19,7 +19,7 @@ class BlockReport(NamedTuple):
         step: size of the last step, averaged over the elements of the site's plates.
         kl: KL(new || old) of the last step in nats, summed over elements.
         largest_kl: of one element.
-        backtracks: times that an element's step was halved so far.
+        backtracks: times that an element's step was shortened so far.
         retreats: times that an element took part of its last step back so far.
         rejected: times that an element had to stay where it was so far.
     """
