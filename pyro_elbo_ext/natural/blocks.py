@@ -226,7 +226,7 @@ def natural_step(
         after = trail
     if trail is not None and watched:
         retreated, kept, after = judge(trail, block.rise(here, grad, trail.natural), opening)
-    steps = _step_sizes(slope, torch.minimum(rate(after.clock), after.longest(opening)), max_kl)
+    steps = _step_sizes(slope, torch.minimum(rate(after.clock), after.limit), max_kl)
     tried, falls = family.move(q, direction, block.to_units(steps)), steps * slope
     if trail is not None and watched and opening:
         parts = 1 - (1 - kept) * _parts(slope)

@@ -9,8 +9,8 @@ larger by far, or twice in a row, part of the step is taken back, to where a slo
 step may be as long as what was kept; longer ones again after some that went well.
 
 This is for the opening only. A rare large gradient opposes the small ones before it and would be taken for an overshoot
-for ever, so that a fit on minibatches settled in a wrong place. Afterwards no step is longer than half the shortest
-that overshot, and steps are only made shorter, when rises have outgrown falls for long.
+for ever, so that a fit on minibatches settled in a wrong place. Afterwards steps only become shorter, when rises have
+outgrown falls for long, and longer again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ __all__ = ["Trail", "Verdict", "judge", "no_trail"]
 
 SHORTEST_KEPT = 0.1  # part of a step that is kept when going back
 SHORTEST_NEXT = 0.2  # part of a step that the next may be after going back
+LATE_RECOVERY = 1.1  # after the opening, where nothing is taken back
 LONG_STREAK = 6  # steps in a row that end in a growing rise, which noise alone does not bring about
 PATIENCE = 10  # steps in which the rise over fall at which one step is enough to tell grows by one, from one
-WELL = 0.5  # rise over fall of a step after which longer ones are allowed
-RECOVERY = 1.3  # times as long: WELL and this together stay within the factor two at which a quadratic loss diverges
+WELL = 0.25  # rise over fall of a step after which longer ones are allowed
+RECOVERY = 1.6  # times as long: WELL and this together stay within the factor two at which a quadratic loss diverges
 SMALLEST_FALL = 1e-9  # nats: what is smaller is rounding
 
 
@@ -41,7 +42,6 @@ class Trail(NamedTuple):
         step: its size; not what was kept of it.
         streak: how many steps in a row ended in a rise larger than their fall.
         limit: largest size of the next.
-        overshot: smallest size from which part was taken back.
         clock: steps so far that were not taken back, for the schedule.
     """
 
@@ -50,12 +50,7 @@ class Trail(NamedTuple):
     step: Tensor
     streak: Tensor
     limit: Tensor
-    overshot: Tensor
     clock: Tensor
-
-    def longest(self, opening: bool) -> Tensor:
-        """Return the largest size that the next step may have; after the opening nothing checks it any more."""
-        return self.limit if opening else torch.minimum(self.limit, self.overshot / 2)
 
 
 class Verdict(NamedTuple):
@@ -69,8 +64,7 @@ class Verdict(NamedTuple):
 def no_trail(natural: dict[str, Tensor], example: Tensor) -> Trail:
     """Return the trail of elements, shaped as an example, that took no step yet."""
     zero = torch.zeros_like(example)
-    infinite = torch.full_like(example, math.inf)
-    return Trail(natural, zero, zero, zero, infinite, infinite, zero)
+    return Trail(natural, zero, zero, zero, torch.full_like(example, math.inf), zero)
 
 
 def judge(trail: Trail, rise: Tensor, opening: bool) -> Verdict:
@@ -79,17 +73,19 @@ def judge(trail: Trail, rise: Tensor, opening: bool) -> Verdict:
     ratio = torch.where(judged, rise / trail.fall, 0.0)
     streak = torch.where(ratio > 1, trail.streak + 1, 0.0)
     kept = (1 / (1 + ratio)).clamp(min=SHORTEST_KEPT)
+    well = judged & (ratio < WELL) & (trail.streak == 0)  # what was kept of a step says nothing of the whole
+    recovery = RECOVERY if opening else LATE_RECOVERY
+    limit = torch.where(well, torch.maximum(trail.limit, trail.step * recovery), trail.limit)
     if not opening:
         diverging = streak >= LONG_STREAK
-        overshot = torch.where(diverging, torch.minimum(trail.overshot, trail.step), trail.overshot)
-        after = trail._replace(streak=torch.where(diverging, 0.0, streak), overshot=overshot)
+        after = trail._replace(
+            streak=torch.where(diverging, 0.0, streak), limit=torch.where(diverging, trail.step / 2, limit)
+        )
         return Verdict(torch.zeros_like(diverging), kept, after)
     retreated = (ratio > 1 + trail.clock / PATIENCE) | (streak > 1)
-    longer = torch.where(judged & (ratio < WELL), torch.maximum(trail.limit, trail.step * RECOVERY), trail.limit)
     after = trail._replace(
         streak=streak,
-        limit=torch.where(retreated, trail.step * kept.clamp(SHORTEST_NEXT, 0.5), longer),
-        overshot=torch.where(retreated, torch.minimum(trail.overshot, trail.step), trail.overshot),
+        limit=torch.where(retreated, trail.step * kept.clamp(SHORTEST_NEXT, 0.5), limit),
         clock=torch.where(retreated, (trail.clock - streak.clamp(min=1.0)).clamp(min=0.0), trail.clock),
     )
     return Verdict(retreated, kept, after)
