@@ -132,21 +132,16 @@ def _regress(sites: Sequence[_SiteStatistics]) -> Tensor:
     """Regress the costs of sites in the same plates on their statistics, as jointly as the particles allow."""
     particles, size = sites[0].num_particles, sum(site.size for site in sites)
     if particles < 2 * size:
-        return torch.stack([_regress_alone(site) for site in sites]).sum()
+        return torch.stack([_regress([site]) for site in sites]).sum() if len(sites) > 1 else _regress_units(sites[0])
     columns, ridge = _broadcast_cat([site.columns.flatten(-2) for site in sites]), torch.cat([s.ridge for s in sites])
     fit = least_squares(columns, _broadcast_cat([site.cost for site in sites]), ridge)
-    parts = zip(sites, fit.slopes.split([site.size for site in sites], -2), strict=True)
-    terms = [
-        site.surrogate(part[..., i]) + site.score(fit.errors[..., i, None]) for i, (site, part) in enumerate(parts)
-    ]
+    slopes = fit.slopes.split([site.size for site in sites], -2)
+    terms = [site.surrogate(slopes[i][..., i]) + site.score(fit.errors[..., i, None]) for i, site in enumerate(sites)]
     return torch.stack(terms).sum()
 
 
-def _regress_alone(site: _SiteStatistics) -> Tensor:
+def _regress_units(site: _SiteStatistics) -> Tensor:
     units, statistics = site.columns.shape[-2:]
-    if site.num_particles >= 2 * site.size:
-        fit = least_squares(site.columns.flatten(-2), site.cost, site.ridge)
-        return site.surrogate(fit.slopes[..., 0]) + site.score(fit.errors)
     if site.num_particles <= statistics:
         raise ValueError(
             f"guide site '{site.name}' is a {site.family.name} with {statistics} statistics, whose regression needs "

@@ -91,6 +91,33 @@ def test_gradient_is_the_elbos(case):
         assert abs(sample.mean()) > 0.01
 
 
+@pytest.mark.parametrize("num_particles", [5, 8, 16], ids=["coordinates", "sites", "jointly"])
+def test_values_regressed_by_coordinates_sites_or_jointly(num_particles):
+    """Two sites of two coordinates that meet in the model: four statistics each, eight in all."""
+    target = torch.tensor([0.5, -1.0])
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("other", -(a * b - target).square().sum(-1))
+
+    def guide():
+        for name in "ab":
+            loc = pyro.param(f"m{name}", torch.tensor([0.3, 0.8]))
+            pyro.sample(name, dist.Normal(loc, pyro.param(f"s{name}", torch.tensor([0.6, 0.9]))).to_event(1))
+
+    m, s = torch.tensor([0.3, 0.8]).requires_grad_(), torch.tensor([0.6, 0.9]).requires_grad_()
+    n, t = torch.tensor([0.3, 0.8]), torch.tensor([0.6, 0.9])
+    square = (m**2 + s**2) * (n**2 + t**2) - 2 * target * m * n + target**2
+    elbo = (-(m**2 + s**2) / 2 + s.log() - square).sum()
+    exact = dict(zip(("ma", "sa"), torch.autograd.grad(elbo, [m, s]), strict=True))
+    loss = Regression_ELBO(num_particles)
+    calls = [gradients(loss, model, guide) for _ in range(1500)]
+    for name, value in exact.items():
+        for element, wanted in zip(torch.stack([call[name] for call in calls]).unbind(-1), value, strict=True):
+            assert abs(z_score(element, float(wanted))) < 4, (name, element.mean(), wanted)
+
+
 def test_one_particle_of_second_derivatives_is_biased():
     """With no other particle to take slopes from, the correction costs more than it is worth but on quadratics."""
     model, guide = replicated("Normal")
