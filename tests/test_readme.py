@@ -30,11 +30,27 @@ def test_example_prints_what_it_says(name, capsys, request):
         assert float(value) == pytest.approx(float(printed), abs=tolerance)
 
 
+def test_natural_gradients_print_what_they_say(capsys, request):
+    if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
+        pytest.skip("the example chooses neither dtype nor device")
+    import torch
+
+    torch.set_default_dtype(torch.float32)
+    exec(compile(BLOCKS[3], "README.md", "exec"), {})
+    printed = re.compile(r"^(\w+) +after +(\d+) steps +(-[\d.]+) nats$", flags=re.M)
+    out = capsys.readouterr().out
+    expected, found = printed.findall(README), printed.findall(out)
+    assert [row[:2] for row in found] == [row[:2] for row in expected] and len(expected) == 3
+    for (name, steps, value), (_, _, said) in zip(found, expected, strict=True):
+        assert float(value) == pytest.approx(float(said), abs=10 if steps == "10" and name == "Adam" else 0.5)
+    assert "_AutoMultivariateNormal_latent  MultivariateNormal" in out
+
+
 def test_own_bound_has_every_estimator():
     from pyro_elbo_ext.testing import conformance
 
     namespace = {}
-    exec(compile(BLOCKS[3], "README.md", "exec"), namespace)
+    exec(compile(BLOCKS[4], "README.md", "exec"), namespace)
     checks = conformance(namespace["SoftMinimum_ELBO"], zero_variance=True, size=0.05)
     assert all(check.passed for check in checks), checks
 
