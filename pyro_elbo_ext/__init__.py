@@ -1,4 +1,4 @@
-"""Tighter bounds and better gradients for Pyro's own SVI."""
+"""Tighter bounds, better gradients and natural-gradient steps for Pyro's own SVI."""
 
 from pyro_elbo_ext.elbo import (
     CIWAE_ELBO,

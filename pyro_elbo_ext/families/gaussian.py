@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo_ext.families.base import Family, Parametrization, Params, lift, triangle
 
-__all__ = ["MULTIVARIATE_NORMAL", "NORMAL", "inverse_factor", "symmetric"]
+__all__ = ["MULTIVARIATE_NORMAL", "NORMAL", "by_matrix", "inverse_factor", "symmetric"]
 
 SMALLEST_SHRINK = 1e-6  # of the precision in one step: below it the covariance's own linear step is taken
 
@@ -76,6 +76,23 @@ class Normal(Family):
         return torch.stack([mean, mean.square() + (q["scale"] / reference["scale"]).square()], -1)
 
 
+def by_matrix(other: str, dims: int) -> tuple[Parametrization, ...]:
+    """Return the ways to give a matrix, as torch has them, beside another argument of some dimensions."""
+    return (
+        Parametrization({other: dims, "scale_tril": 2}),
+        Parametrization(
+            {other: dims, "covariance_matrix": 2},
+            lambda given: {other: given[other], "scale_tril": torch.linalg.cholesky_ex(given["covariance_matrix"])[0]},
+            lambda q: {other: q[other], "covariance_matrix": q["scale_tril"] @ q["scale_tril"].mT},
+        ),
+        Parametrization(
+            {other: dims, "precision_matrix": 2},
+            lambda given: {other: given[other], "scale_tril": inverse_factor(given["precision_matrix"])},
+            lambda q: {other: q[other], "precision_matrix": torch.cholesky_inverse(q["scale_tril"])},
+        ),
+    )
+
+
 class MultivariateNormal(Family):
     """The multivariate normal distribution, by a Cholesky factor of its covariance."""
 
@@ -83,17 +100,7 @@ class MultivariateNormal(Family):
     arguments = {"loc": 1, "scale_tril": 2}
     coordinates = {"shift": 1, "precision": 2}
     parametrizations = (
-        Parametrization(arguments),
-        Parametrization(
-            {"loc": 1, "covariance_matrix": 2},
-            lambda given: {"loc": given["loc"], "scale_tril": torch.linalg.cholesky_ex(given["covariance_matrix"])[0]},
-            lambda q: {"loc": q["loc"], "covariance_matrix": q["scale_tril"] @ q["scale_tril"].mT},
-        ),
-        Parametrization(
-            {"loc": 1, "precision_matrix": 2},
-            lambda given: {"loc": given["loc"], "scale_tril": inverse_factor(given["precision_matrix"])},
-            lambda q: {"loc": q["loc"], "precision_matrix": torch.cholesky_inverse(q["scale_tril"])},
-        ),
+        *by_matrix("loc", 1),
         # AutoMultivariateNormal's: standard deviations before correlations, scale_tril = scale[:, None] * unit_tril
         Parametrization(
             {"loc": 1, "scale": 1, "unit_tril": 2},

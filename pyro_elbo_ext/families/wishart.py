@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_elbo_ext.families.base import Family, Parametrization, Params, lift, triangle
-from pyro_elbo_ext.families.gaussian import inverse_factor
+from pyro_elbo_ext.families.base import Family, Params, lift, triangle
+from pyro_elbo_ext.families.gaussian import by_matrix, inverse_factor
 
 __all__ = ["WISHART"]
 
@@ -29,19 +29,7 @@ class Wishart(Family):
     name = "Wishart"
     arguments = {"df": 0, "scale_tril": 2}
     coordinates = {"df": 0, "precision": 2}
-    parametrizations = (
-        Parametrization(arguments),
-        Parametrization(
-            {"df": 0, "covariance_matrix": 2},
-            lambda given: {"df": given["df"], "scale_tril": torch.linalg.cholesky_ex(given["covariance_matrix"])[0]},
-            lambda q: {"df": q["df"], "covariance_matrix": q["scale_tril"] @ q["scale_tril"].mT},
-        ),
-        Parametrization(
-            {"df": 0, "precision_matrix": 2},
-            lambda given: {"df": given["df"], "scale_tril": inverse_factor(given["precision_matrix"])},
-            lambda q: {"df": q["df"], "precision_matrix": torch.cholesky_inverse(q["scale_tril"])},
-        ),
-    )
+    parametrizations = by_matrix("df", 0)
 
     def make(self, q: Params) -> Distribution:
         """Return torch's distribution."""
