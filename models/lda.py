@@ -10,11 +10,11 @@ q(beta); Adam takes four of both together, and its step size falls to 0 over the
 which the assignment of words to topics is summed out and the Dirichlets take a path. Both start from topics made of
 one document each. The held-out bound is exact: topics fixed, each document's q(theta) fitted by coordinate ascent.
 
-`python models/lda.py` takes about 3 minutes on 2 cores (`--quick` 5 s). Expect natural steps to reach what Adam, with the
-best of three step sizes, has after 40 passes over the corpus, in 6, 8, 7, 36 and 8 passes for seeds 0 to 4, of which 0
-to 2 were looked at to choose kappa. By then all are within 0.01 nats per word, and the natural steps of seed 3 have come
-to a slightly lower optimum. Early on the gap is wide: after 2 passes with seed 0, -4.60 against -4.69. From even topics
-at random, in place of documents, natural steps often stay where one topic stands for two.
+`python models/lda.py` takes about 3 minutes on 2 cores (`--quick` 5 s). Expect natural steps to reach what Adam, with
+the best of three step sizes, has after 40 passes over the corpus, in 6, 8, 7, 36 and 8 passes for seeds 0 to 4, of
+which 0 to 2 were looked at to choose kappa. By then all are within 0.01 nats per word, and the natural steps of seed
+3 have come to a slightly lower optimum. Early on the gap is wide: after 2 passes with seed 0, -4.60 against -4.69.
+From even topics at random, in place of documents, natural steps often stay where one topic stands for two.
 
 References: Online Learning for Latent Dirichlet Allocation (Hoffman, Blei, Bach, 2010); Stochastic Variational
 Inference (Hoffman, Blei, Wang, Paisley, 2013, arXiv:1206.7051).
