@@ -10,8 +10,8 @@ The ELBO of a guide is exact: x_i w is Gaussian under it, which leaves one integ
 one particle of one step. `python models/bayesian_regression.py` takes about 25 s on 2 cores (`--quick` 5 s), most of
 it Adam's 4000 steps; `--family linear` is the other model.
 
-Expect, of breast cancer and over seeds 0, 1, 2, natural gradients within 0.1 nats of the best ELBO after 10 or 11 steps
-of the full-rank guide (about 650 scores) and 29 to 40 of the mean-field one (1800 to 2500, in Newton's direction). Adam
+Expect, of breast cancer and over seeds 0, 1, 2, natural gradients within 0.1 nats of the best ELBO after 10 to 12 steps
+of the full-rank guide (about 700 scores) and 29 to 40 of the mean-field one (1800 to 2500, in Newton's direction). Adam
 needs about 1200 steps for the mean-field guide (20000 scores) and stays 0.4 to 0.5 nats off the full-rank one: the
 noise of its gradient, which smaller steps lower and prolong (`benchmarks/natural_gradient.py` has it tuned, with decays
 and better gradients). The test log likelihoods are the same within their errors.

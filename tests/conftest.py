@@ -40,3 +40,13 @@ def no_hidden_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture
+def on_cpu():
+    """The scripts of models/ pick their own device; tiny tensors want one thread."""
+    torch.set_default_device(None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,11 +1,8 @@
 """The topic model of models/ runs, learns by natural steps, and refuses a corpus that it cannot use in one line."""
 
 import argparse
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -13,31 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / "models"
+from tests.model_files import MODELS
+
+lda = MODELS["lda"]
 
 
-def load(name, **imported):
-    """A file of the folder as a module that finds, while it is loaded, what it imports from its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"models_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {spec.name: module, **imported}.items():
-            patch.setitem(sys.modules, key, value)
-        spec.loader.exec_module(module)
-    return module
-
-
-lda = load("lda", **{name: load(name) for name in ("options", "report")})
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    """The script picks its own device; tiny tensors want one thread."""
-    torch.set_default_device(None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def report(folder, *options):

@@ -1,7 +1,6 @@
 """Every file in models/ runs, learns, reads what it says it reads, and refuses the rest in one line."""
 
 import gzip
-import importlib.util
 import itertools
 import json
 import math
@@ -16,41 +15,22 @@ import torch
 from torch import nn
 
 from pyro_elbo_ext import IWAE_ELBO
+from tests import model_files
+from tests.model_files import FOLDER, HELPERS
 
-FOLDER = Path(__file__).parents[1] / "models"
-
-
-def load(name, **imported):
-    """A file of the folder as a module that finds, while it is loaded, what it imports from its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"models_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {spec.name: module, **imported}.items():
-            patch.setitem(sys.modules, key, value)
-        spec.loader.exec_module(module)
-    return module
-
-
-HELPERS = {name: load(name) for name in ("datasets", "options", "report")}  # what the models share
 datasets, bound = HELPERS["datasets"], HELPERS["report"].bound
-vae, sigmoid_belief_network, gaussian_mixture = (
-    load(name, **HELPERS) for name in ("vae", "sigmoid_belief_network", "gaussian_mixture")
-)
+vae, sigmoid_belief_network, gaussian_mixture, bayesian_regression, bnn, lda = model_files.MODELS.values()
 MODELS = {  # what it writes
     vae: ["vae.json", "vae.png"],
     sigmoid_belief_network: ["sigmoid_belief_network.json", "sigmoid_belief_network.png"],
     gaussian_mixture: ["gaussian_mixture.json", "gaussian_mixture.png"],
+    bayesian_regression: ["bayesian_regression.json", "bayesian_regression.png"],
+    bnn: ["bnn.json", "bnn.png"],
+    lda: ["lda.json", "lda.png"],
 }
 
 
-@pytest.fixture(autouse=True)
-def on_cpu():
-    """The scripts pick their own device; tiny tensors want one thread."""
-    torch.set_default_device(None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_table_lists_every_model():

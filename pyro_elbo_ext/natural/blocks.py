@@ -247,6 +247,7 @@ def natural_step(
         return t.take_along_dim(first, 0)[0].masked_fill(rejected, 0.0)
 
     stays = retreated | rejected
+    stays = stays | (block.over_element(visited.double()) == 0)  # a row outside the minibatch has no step behind it
     clock = torch.where(stays, after.clock, after.clock + 1)
     after = after._replace(natural=here, fall=taken(falls), step=taken(steps), clock=clock)
     return new, Move(after.step.masked_fill(retreated, 0.0), taken(kl), first[0], retreated, rejected), after

@@ -101,6 +101,7 @@ class NaturalGradient(PyroOptim):
         self.others: dict[str, str] = {}
         self._memory: dict[str, SiteMemory] = {}
         self._leaves: dict[str, Tensor] = {}  # as last seen: a cleared param store has others of the same names
+        self._averaging = False
         self._pending: Mapping[str, Any] | None = None
 
     def discover(self, guide: Callable, *args: Any, **kwargs: Any) -> None:
@@ -146,6 +147,8 @@ class NaturalGradient(PyroOptim):
             *args: for the inner optimiser.
             **kwargs: for the inner optimiser.
         """
+        if self._averaging:
+            raise ValueError("a step inside averaged() would be lost at its end. Step outside, or call use_average().")
         store = pyro.get_param_store()
         params = list(params)
         leaves = {name: p for p in params if (name := store.param_name(p)) is not None}
@@ -221,10 +224,15 @@ class NaturalGradient(PyroOptim):
         """
         store = pyro.get_param_store()
         saved = {name: store._params[name].detach().clone() for name in self._natural_names()}
+        trails = {site: memory.trail for site, memory in self._memory.items()}
         self.use_average()
+        self._averaging = True
         try:
             yield
         finally:
+            self._averaging = False
+            for site, trail in trails.items():
+                self._memory[site].trail = trail
             with torch.no_grad():
                 for name, value in saved.items():
                     store._params[name].copy_(value)

@@ -186,11 +186,11 @@ def sliced_guide(rows=None):
 @pytest.mark.parametrize("loss", EXACT)
 def test_rows_of_a_minibatch_are_exact_when_they_are_met(guide, loss):
     """Each row takes its own full step, without the plate's N/B, whatever the batch's size; the others stay."""
-    optim = NaturalGradient(schedule="constant")
+    optim = NaturalGradient()
     svi = SVI(local_model, guide, optim, EXACT[loss]())
     truth = torch.linspace(-2.0, 3.0, NUM_ROWS) / 2
     met = torch.zeros(NUM_ROWS, dtype=torch.bool)
-    for rows in ([0, 3, 7, 8, 11], [5, 1], [2]):
+    for rows in ([0, 3, 7, 8, 11], [5, 1], *[[1]] * 12, [2]):  # the schedule counts a row's own steps
         svi.step(torch.tensor(rows))
         met[rows] = True
         loc, scale = pyro.param("loc").detach(), pyro.param("scale").detach()
@@ -430,6 +430,8 @@ def test_averaging_in_natural_coordinates():
     with optim.averaged():
         assert pyro.param("loc").item() == pytest.approx(mean)
         assert pyro.param("scale").item() == pytest.approx(precision**-0.5)
+        with pytest.raises(ValueError, match="a step inside averaged"):
+            optim(leaves)
     assert pyro.param("loc").item() == last
     optim.use_average()
     assert pyro.param("loc").item() == pytest.approx(mean)
