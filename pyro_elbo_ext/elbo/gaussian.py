@@ -17,11 +17,7 @@ from pyro_elbo_ext.elbo.base import ParticleELBO
 from pyro_elbo_ext.elbo.regression import Roots, checked_chunk
 from pyro_elbo_ext.families import recognize
 from pyro_elbo_ext.gradients.costs import Costs, Graph
-from pyro_elbo_ext.gradients.gaussian import (
-    GaussianSite,
-    Linear,
-    is_gaussian,
-)
+from pyro_elbo_ext.gradients.gaussian import GaussianSite, Linear, is_gaussian
 from pyro_elbo_ext.gradients.linearized import graph_leaves, linearized
 from pyro_elbo_ext.gradients.pathwise import Estimate
 from pyro_elbo_ext.handlers import Differentiable

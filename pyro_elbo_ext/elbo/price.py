@@ -31,17 +31,17 @@ class Price_ELBO(Gaussian_ELBO):
     sum of absolute values or a ``relu`` network is only almost everywhere: their curvature is missed, silently.
 
     Args:
-            num_particles: K.
-            chunk_size: particles that are run at once.
-            vectorize_particles: run the particles of a chunk at once.
-            max_plate_nesting: plate dimensions of the pair.
+        num_particles: K.
+        chunk_size: particles that are run at once.
+        vectorize_particles: run the particles of a chunk at once.
+        max_plate_nesting: plate dimensions of the pair.
 
     Raises:
-            ValueError: when run, a guide site without a path; the site is named.
+        ValueError: when run, a guide site without a path; the site is named.
 
     References:
-            The Variational Gaussian Approximation Revisited (Opper, Archambeau, 2009); Stein's Lemma for the
-            Reparameterization Trick with Exponential Family Mixtures (Lin, Khan, Schmidt, 2019, arXiv:1910.13398).
+        The Variational Gaussian Approximation Revisited (Opper, Archambeau, 2009); Stein's Lemma for the
+        Reparameterization Trick with Exponential Family Mixtures (Lin, Khan, Schmidt, 2019, arXiv:1910.13398).
     """
 
     _second_order = True

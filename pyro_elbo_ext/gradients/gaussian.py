@@ -7,8 +7,8 @@ Write a site's values as :math:`z = \mu + L \epsilon`, and r for the derivative 
 .. math:: \nabla_\mu \mathrm{ELBO} = L^{-\top} c, \qquad \nabla_L \mathrm{ELBO} = \mathrm{tril}(L^{-\top} B)
 
 which is exact where the model's log-density is quadratic, at any number of draws that determine c and B: no noise is
-left for the optimiser to average. Otherwise B and c estimate :math:`E[\partial r / \partial \epsilon]` and
-:math:`E[r]` (the theorems of Price and Bonnet), consistently as the number of particles grows.
+left for the optimiser to average. Otherwise B and c are estimates of :math:`E[\partial r / \partial \epsilon]` and
+:math:`E[r]` (the theorems of Price and Bonnet), unbiased as each particle is held against a fit to the others.
 
 References:
     Fixed-Form Variational Posterior Approximation through Stochastic Linear Regression (Salimans, Knowles, 2013,

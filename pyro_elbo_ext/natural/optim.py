@@ -48,10 +48,10 @@ class NaturalGradient(PyroOptim):
         max_kl: largest KL(new || old) of one site's step in nats, for each element of the site's plates, or None.
             It is exact: a step is shortened until it fits. What counts as one element's is all its ``to_event``
             dimensions.
+        optim: a Pyro optimiser for all other parameters.
         retreat: number of opening steps of which those that overshoot are taken back in part, and the size of later
             steps limited: lr = 1 then holds on posteriors that are no Gaussian, or correlated where the guide is not.
             Not for rows of a minibatch. 0 for never.
-        optim: a Pyro optimiser for all other parameters.
         average_after: number of steps after which the iterates are averaged in natural coordinates, or None; see
             :meth:`averaged`.
         mode: ``"natural"``, or ``"ivon"`` for the weights of networks under mean-field guides: one noisy gradient a
@@ -77,8 +77,8 @@ class NaturalGradient(PyroOptim):
         lr: float = 1.0,
         schedule: str | Callable[[int], float] = "inverse",
         max_kl: float | None = None,
-        retreat: int = 50,
         optim: PyroOptim | None = None,
+        retreat: int = 50,
         average_after: int | None = None,
         mode: str = "natural",
         precision_lr: float | None = None,
