@@ -99,7 +99,7 @@ def test_values_regressed_by_coordinates_sites_or_jointly(num_particles):
     def model():
         a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.factor("other", -(a * b - target).square().sum(-1))
+        pyro.factor("other", -((a * b - target).square() + a**4).sum(-1))  # no function of a and its square
 
     def guide():
         for name in "ab":
@@ -109,7 +109,8 @@ def test_values_regressed_by_coordinates_sites_or_jointly(num_particles):
     m, s = torch.tensor([0.3, 0.8]).requires_grad_(), torch.tensor([0.6, 0.9]).requires_grad_()
     n, t = torch.tensor([0.3, 0.8]), torch.tensor([0.6, 0.9])
     square = (m**2 + s**2) * (n**2 + t**2) - 2 * target * m * n + target**2
-    elbo = (-(m**2 + s**2) / 2 + s.log() - square).sum()
+    fourth = m**4 + 6 * m**2 * s**2 + 3 * s**4
+    elbo = (-(m**2 + s**2) / 2 + s.log() - square - fourth).sum()
     exact = dict(zip(("ma", "sa"), torch.autograd.grad(elbo, [m, s]), strict=True))
     loss = Regression_ELBO(num_particles)
     calls = [gradients(loss, model, guide) for _ in range(1500)]
