@@ -1,4 +1,4 @@
-"""Tighter bounds, better gradients and natural-gradient steps for Pyro's own SVI."""
+"""Tighter bounds, better gradients, natural-gradient steps and flow guides for Pyro's own SVI."""
 
 from pyro_elbo_ext.elbo import (
     CIWAE_ELBO,
@@ -14,12 +14,16 @@ from pyro_elbo_ext.elbo import (
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
 )
+from pyro_elbo_ext.guides import AutoFlow, AutoPlatedFlow, FlowDistribution, make_flow
 from pyro_elbo_ext.natural import NaturalGradient
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoFlow",
+    "AutoPlatedFlow",
     "CIWAE_ELBO",
+    "FlowDistribution",
     "IWAE_ELBO",
     "MIWAE_ELBO",
     "MeanField_ELBO",
@@ -32,4 +36,5 @@ __all__ = [
     "ScoreRegression_ELBO",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
+    "make_flow",
 ]

@@ -43,12 +43,14 @@ class Draw:
         leaves: values of the random sites, attached to the guide's parameters.
         patched: True where a leaf no longer is what the guide drew.
         flow_log_prob: log-density of flows, taken at once: their caches hold the last draw only.
+        noise: what flows that can be scored without an inverse made their leaves of.
     """
 
     traces: Traces
     leaves: dict[str, Tensor]
     patched: bool = False
     flow_log_prob: dict[str, Tensor] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class ParticleSampler:
         """Score guide and model as :meth:`evaluate` does, and return the layout and every run's sites."""
         layouts, runs = [], []
         for i, draw in enumerate(draws):
-            scored = None
+            scored: Mapping[str, Tensor] = {}
             if leaves is not None:
                 traces = self._traces_at(leaves[i])
             elif draw.patched:
@@ -182,7 +184,7 @@ class ParticleSampler:
                 traces = run_model(self._wrapped(self.model), self.args, self.kwargs, draw.traces, self._indices)
             self._indices = {**traces.indices, **self._indices}
             layouts.append(self._layout(traces))
-            runs.append(self._score(traces, scored or {}))
+            runs.append(self._score(traces, scored, draw.noise))
         if any(layout != layouts[0] for layout in layouts):
             raise ValueError(
                 "particles of one step differ in their plates: the model's structure changes with its random values. "
@@ -233,13 +235,16 @@ class ParticleSampler:
         """Return what the sites of a run with this step's minibatch depend on."""
         return dependencies(self.model, self.guide, self.args, self.kwargs, self._indices)
 
-    def _score(self, traces: Traces, scored: dict[str, Tensor]) -> list[Site]:
+    def _score(self, traces: Traces, scored: Mapping[str, Tensor], noise: Mapping[str, Tensor]) -> list[Site]:
         sites = []
         for origin, trace in (("guide", traces.guide), ("model", traces.model)):
             for name, node in trace.nodes.items():
                 if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
                     continue
-                log_prob = scored[name] if origin == "guide" and name in scored else _log_prob(name, node)
+                log_prob = scored[name] if origin == "guide" and name in scored else None
+                if log_prob is None and origin == "guide" and name in noise:
+                    log_prob = node["fn"].log_prob_at(node["value"], noise[name])
+                log_prob = _log_prob(name, node) if log_prob is None else log_prob
                 if is_validation_enabled():
                     check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
                     self._check_left(name, log_prob, traces)
@@ -347,20 +352,28 @@ class ParticleSampler:
         """
         self._dropped = bad
         donor = log_w.detach().masked_fill(bad, -math.inf).argmax(0, keepdim=True)
+        patched = []
+        for part in ("leaves", "noise"):
+            values = [dict(getattr(draw, part)) for draw in draws]
+            for name in (name for name in self._droppable(draws) if name in values[0]):
+                event_dim = draws[0].traces.guide.nodes[name]["fn"].event_dim
+                self._replace(values, name, event_dim, bad, donor)
+            patched.append(values)
+        every = zip(draws, *patched, strict=True)
+        return [Draw(draw.traces, leaves, patched=True, noise=noise) for draw, leaves, noise in every]
+
+    def _replace(self, runs: list[dict[str, Tensor]], name: str, event_dim: int, bad: Tensor, donor: Tensor) -> None:
+        """Put the donor's value in the place of the bad particles', ``[num_particles, *plates]``, in every run."""
         stacked = self.particle_dims > 0
-        patched: list[dict[str, Tensor]] = [dict(draw.leaves) for draw in draws]
-        for name in self._droppable(draws):
-            event_dim = draws[0].traces.guide.nodes[name]["fn"].event_dim
-            values = draws[0].leaves[name] if stacked else torch.stack([draw.leaves[name] for draw in draws])
-            plate_dims = values.dim() - 1 - event_dim
-            mask, source = (
-                t.reshape(t.shape[:1] + t.shape[t.dim() - plate_dims :] + (1,) * event_dim) for t in (bad, donor)
-            )
-            chosen = values.detach().take_along_dim(source.expand((1,) + values.shape[1:]), 0)
-            values = torch.where(mask, chosen, values)
-            for leaves, value in zip(patched, [values] if stacked else values.unbind(), strict=True):
-                leaves[name] = value
-        return [Draw(draw.traces, leaves, patched=True) for draw, leaves in zip(draws, patched, strict=True)]
+        values = runs[0][name] if stacked else torch.stack([run[name] for run in runs])
+        plate_dims = values.dim() - 1 - event_dim
+        mask, source = (
+            t.reshape(t.shape[:1] + t.shape[t.dim() - plate_dims :] + (1,) * event_dim) for t in (bad, donor)
+        )
+        chosen = values.detach().take_along_dim(source.expand((1,) + values.shape[1:]), 0)
+        values = torch.where(mask, chosen, values)
+        for run, value in zip(runs, [values] if stacked else values.unbind(), strict=True):
+            run[name] = value
 
     def _droppable(self, draws: Sequence[Draw]) -> Iterable[str]:
         """Leaves that a log-weight stands for alone."""
@@ -371,7 +384,10 @@ def make_draw(traces: Traces) -> Draw:
     """Return a run's random guide sites."""
     leaves = {name: node for name, node in traces.guide.nodes.items() if is_leaf(node)}
     flows = {name: _log_prob(name, node) for name, node in leaves.items() if is_flow(node["fn"])}
-    return Draw(traces, {name: node["value"] for name, node in leaves.items()}, flow_log_prob=flows)
+    drawn = {name: leaves[name]["fn"] for name in flows if hasattr(leaves[name]["fn"], "noise_of")}
+    noise = {name: fn.noise_of(leaves[name]["value"]) for name, fn in drawn.items() if fn.can_score()}
+    noise = {name: value for name, value in noise.items() if value is not None}  # a value held was not drawn
+    return Draw(traces, {name: node["value"] for name, node in leaves.items()}, flow_log_prob=flows, noise=noise)
 
 
 def _frames(site: Any) -> list[tuple]:

@@ -79,6 +79,8 @@ def vectorized_plates(site: Any) -> dict[str, Any]:
 
 def is_flow(fn: Any) -> bool:
     """Tell whether a distribution is a learned flow, whose inverse may be slow or missing."""
+    if hasattr(base_distribution(fn), "noise_of"):
+        return True
     while not hasattr(fn, "transforms") and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return any(isinstance(t, torch.nn.Module) for t in getattr(fn, "transforms", ()))

@@ -1,0 +1,180 @@
+"""What a flow guide must know of a model: its latent sites, their plates, and which priors can be non-centred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyro_elbo_ext.guides.noncentering import LocationScale, location_scale
+from pyro_elbo_ext.sites import base_name, plate_factor
+
+__all__ = ["Latent", "Structure", "inspect_model", "is_identity"]
+
+
+class Latent(NamedTuple):
+    """A latent site.
+
+    Attributes:
+        name: of the site.
+        transform: from unconstrained values.
+        event_dim: of constrained values.
+        start: first unconstrained value, ``[*plates, *event]``.
+        frames: its plates.
+        parents: latent sites that its prior's location and scale depend on, none where it is no such family.
+        prior: the first location and scale.
+    """
+
+    name: str
+    transform: Transform
+    event_dim: int
+    start: Tensor
+    frames: tuple[Any, ...]
+    parents: frozenset[str]
+    prior: LocationScale | None
+
+    @property
+    def unconstrained_event_dim(self) -> int:
+        """Event dimensions of unconstrained values."""
+        codomain, domain = self.transform.codomain, self.transform.domain
+        return self.event_dim + domain.event_dim - codomain.event_dim
+
+    @property
+    def batch_dim(self) -> int:
+        """Dimensions left of the event, those that plates take among them."""
+        return self.start.dim() - self.unconstrained_event_dim
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """Names of its plates, the outermost dimension first."""
+        return tuple(f.name for f in self.frames)
+
+
+class Structure(NamedTuple):
+    """A model's latent sites in its own order, and the trace that they were read from."""
+
+    latents: dict[str, Latent]
+    trace: Any
+
+
+class _Tag(Messenger):
+    """Gives latent sites some values that know the site's name, and notes what priors and supports depend on."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.parents: dict[str, frozenset[str]] = {}
+        self.support: dict[str, frozenset[str]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.values.get(msg["name"])
+        if value is None or msg["is_observed"]:
+            return
+        prior = location_scale(msg["fn"])
+        self.parents[msg["name"]] = get_provenance(list(prior[:2])) if prior else frozenset()
+        self.support[msg["name"]] = get_provenance(_constants(msg["fn"].support))
+        msg["value"] = ProvenanceTensor(value, frozenset({msg["name"]}))
+        msg["done"] = True
+
+
+def _constants(constraint: Any) -> list[Tensor]:
+    """Return the tensors that a constraint is made with, those of constraints inside it included."""
+    if not hasattr(constraint, "__dict__"):
+        return []
+    found: list[Tensor] = []
+    for value in vars(constraint).values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(part for item in value for part in _constants(item))
+        else:
+            found.extend(_constants(value))
+    return found
+
+
+def inspect_model(model: Callable, init_loc_fn: Callable, args: tuple, kwargs: dict) -> Structure:
+    """Run a model twice, hidden from all handlers outside, and return its latent sites.
+
+    Args:
+        model: a Pyro model.
+        init_loc_fn: returns a site's first value, as in Pyro's AutoGuides.
+        args: the model's positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: no latent site, one that is discrete or whose support is not fixed; the site is named.
+        NotImplementedError: a latent site in a sequential plate.
+    """
+    with poutine.block(), torch.no_grad(), InitMessenger(init_loc_fn):
+        trace = poutine.trace(poutine.block(model, hide_fn=_is_no_latent)).get_trace(*args, **kwargs)
+    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    if not sites:
+        raise ValueError("the model has no latent sites: there is nothing to guide")
+    for name, site in sites.items():
+        _check_continuous(name, site)
+    values = {name: detach_provenance(site["value"]) for name, site in sites.items()}
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), _Tag(values) as tags:
+        model(*args, **kwargs)
+    latents = {name: _latent(site, tags) for name, site in sites.items()}
+    return Structure(latents, trace)
+
+
+def _is_no_latent(msg: Any) -> bool:
+    return msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg)
+
+
+def _check_continuous(name: str, site: Any) -> None:
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"latent site '{name}' is a {base_name(site['fn'])}, which is discrete, and a flow is continuous. Hide it "
+            f"from the guide, as in AutoFlow(poutine.block(model, hide=['{name}'])), and sum it out in the model by "
+            "infer={'enumerate': 'parallel'} with pyro.infer.TraceEnum_ELBO."
+        )
+    for frame in site["cond_indep_stack"]:
+        if not frame.vectorized:
+            raise NotImplementedError(
+                f"latent site '{name}' is in plate '{frame.name}', which is sequential: its sites have no common "
+                "shape for a flow. Use the plate as a context manager, with pyro.plate(...):"
+            )
+
+
+def _latent(site: Any, tags: _Tag) -> Latent:
+    name, fn = site["name"], site["fn"]
+    frames = tuple(sorted(site["cond_indep_stack"], key=lambda frame: frame.dim))
+    if tags.support.get(name):
+        raise ValueError(
+            f"the support of latent site '{name}' depends on {sorted(tags.support[name])}: a flow's unconstrained "
+            "values would mean another thing at every draw. Sample from a fixed support and transform the value."
+        )
+    row_dims = [frame.dim - fn.event_dim for frame in frames if plate_factor(frame) != 1]
+    if any(c.dim() >= -dim and c.shape[dim] > 1 for c in _constants(fn.support) for dim in row_dims):
+        raise ValueError(
+            f"the support of latent site '{name}' differs between the rows of a subsampled plate, so that the first "
+            "minibatch's would be used for every other. Sample from a fixed support and transform the value."
+        )
+    with helpful_support_errors(site):
+        transform = biject_to(fn.support)
+    start = transform.inv(site["value"])
+    start = torch.where(torch.isfinite(start), start, torch.zeros_like(start))
+    parents = tags.parents.get(name, frozenset())
+    return Latent(name, transform, fn.event_dim, start, frames, parents, location_scale(fn) if parents else None)
+
+
+def is_identity(transform: Transform) -> bool:
+    """Tell whether a transform is that of an unbounded support."""
+    return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
+
+
+def sizes(frames: Iterable[Any]) -> dict[str, int]:
+    """Return the full sizes of plates by name."""
+    return {frame.name: frame.full_size or frame.size for frame in frames}

@@ -1,0 +1,67 @@
+"""Draws of a guide, and the moments and quantiles of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+from torch import Tensor
+
+__all__ = ["covariance_triangle", "gaussian_draws", "many_draws", "quantiles"]
+
+
+@torch.no_grad()
+def many_draws(guide: Callable, nesting: int, num_samples: int, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    """Return many draws of a guide's sites by name, ``[draws, *plates, *event]``, with its plates all present."""
+    with poutine.block(), pyro.plate("_many_draws", num_samples, dim=-nesting - 1):
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return {name: site["value"] for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
+
+
+def quantiles(values: Tensor, levels: Tensor) -> Tensor:
+    """Return quantiles ``[levels, *shape]`` of draws ``[draws, *shape]``, linear between order statistics."""
+    ordered = values.sort(0).values
+    place = levels.to(values.device, values.dtype) * (len(values) - 1)
+    low, high = place.floor().long(), place.ceil().long()
+    share = (place - low).reshape((-1,) + (1,) * (values.dim() - 1))
+    return torch.lerp(ordered[low], ordered[high], share)
+
+
+def covariance_triangle(rows: Tensor) -> Tensor:
+    """Return the Cholesky factor of the covariance of rows ``[rows, features]``, of full rank in any case."""
+    centred = rows - rows.mean(0)
+    covariance = centred.T @ centred / max(len(rows) - 1, 1)
+    floor = covariance.diagonal().clamp_min(torch.finfo(rows.dtype).tiny ** 0.5) * 1e-6
+    return torch.linalg.cholesky(covariance + floor.diag())
+
+
+def gaussian_draws(
+    guide: Any, source: str | Callable, num_steps: int, num_samples: int, args: tuple, kwargs: dict
+) -> dict[str, Tensor]:
+    """Return draws of a Gaussian guide, which is fitted first if it is named.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if callable(source):
+        return many_draws(source, guide._nesting, num_samples, args, kwargs)
+    if source not in ("normal", "laplace"):
+        raise ValueError(f'warm_start takes "normal", "laplace" or a trained guide, got {source!r}')
+    with pyro.get_param_store().scope(), poutine.block(), torch.enable_grad():
+        if source == "normal":
+            other: Any = AutoNormal(guide.model, create_plates=guide.create_plates)
+        else:
+            other = AutoLaplaceApproximation(guide.model)
+        optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / max(num_steps, 1))})
+        svi = SVI(guide.model, other, optim, Trace_ELBO())
+        for _ in range(num_steps):
+            svi.step(*args, **kwargs)
+        if source == "laplace":
+            other = other.laplace_approximation(*args, **kwargs)
+        return many_draws(other, guide._nesting, num_samples, args, kwargs)
