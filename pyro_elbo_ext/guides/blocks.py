@@ -38,7 +38,7 @@ class Block(NamedTuple):
 
     Attributes:
         key: of its flow among the guide's.
-        plates: names of its plates, the outermost dimension first.
+        plates: names of its plates, that of dimension -1 first.
         slots: its sites, in the model's order.
         uppers: keys of the blocks whose plates are a part of its own, on which it is conditioned.
     """

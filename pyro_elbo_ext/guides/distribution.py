@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,16 +23,17 @@ class _Drawn(NamedTuple):
 
 
 class _DropNonfinite(torch.autograd.Function):
-    """Passes draws and their log-densities on, and leaves out of the gradient the draws whose slope is not finite."""
+    """Gives draws that are not finite weight zero, and leaves draws out of the gradient whose slope is not finite."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_prob: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.bad = torch.isfinite(x.sum(-1) + log_prob).logical_not()
         ctx.dropped = dropped
-        return x.view_as(x), log_prob.view_as(log_prob)
+        return x.masked_fill(ctx.bad.unsqueeze(-1), 0.0), log_prob.masked_fill(ctx.bad, math.inf)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        bad = torch.isfinite(slope.sum(-1) + weight).logical_not()
+        bad = torch.isfinite(slope.sum(-1) + weight).logical_not() | ctx.bad
         ctx.dropped.add_(bad.sum())
         return slope.masked_fill(bad.unsqueeze(-1), 0.0), weight.masked_fill(bad, 0.0), None
 
@@ -45,7 +47,8 @@ class FlowDistribution(TorchDistribution):
     is the true one in either case.
 
     Draws through whose value a gradient comes back that is not finite are left out of it and counted in
-    ``flow.dropped``, so that a model that fails at single draws does not end a fit. Their values are left alone.
+    ``flow.dropped``, so that a model that fails at single draws does not end a fit; their values are left alone. A draw
+    that overflows is a zero of infinite density, so of weight zero.
 
     Args:
         flow: made by :func:`~pyro_elbo_ext.guides.make_flow`, or one of ``zuko.flows``, in zuko's direction.
@@ -99,8 +102,7 @@ class FlowDistribution(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         noise = self.flow.base.rsample(shape, self.context)  # type: ignore[operator]
         x, log_prob = self._push(noise)
-        if x.requires_grad:
-            x, log_prob = _DropNonfinite.apply(x, log_prob, self.flow.dropped)
+        x, log_prob = _DropNonfinite.apply(x, log_prob, self.flow.dropped)
         self._drawn = _Drawn(x, noise, log_prob)
         return x
 

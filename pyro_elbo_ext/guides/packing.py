@@ -44,8 +44,11 @@ class Packing:
         self.unpack(self.first, self.mask)
 
     def unpack(self, vector: Tensor, mask: Tensor) -> None:
-        """Set the module's tensors to views of a vector, through which gradients flow back to it."""
-        parts = (vector * mask).split(self._sizes)
+        """Set the module's tensors to views of a vector, through which gradients flow back to it, where finite."""
+        masked = vector * mask
+        if masked.requires_grad:
+            masked.register_hook(_zero_nonfinite)
+        parts = masked.split(self._sizes)
         for (module, name), part, shape in zip(self._places, parts, self._shapes, strict=True):
             module.__dict__[name] = part.view(shape)
 
@@ -58,3 +61,8 @@ class Packing:
         for module, name in self._places:
             module.__dict__[name] = module.__dict__[name].detach()
         return self.__dict__
+
+
+def _zero_nonfinite(slope: Tensor) -> Tensor:
+    """A draw that overflows on the way makes the slope of all that it met not a number: step nothing by that."""
+    return torch.where(torch.isfinite(slope), slope, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,15 +92,15 @@ class AutoPlatedFlow(FlowGuide):
         example = self._blocks[0].slots[0].latent.start
         rows: dict[tuple[str, ...], Any] = {}
         for key, source in sources.items():
-            unknown = sorted(set(key) - set(plates))
+            unknown = sorted(set(key) - set(self._prototype_frames))
             if unknown:
-                raise ValueError(
-                    f"amortize names plate '{unknown[0]}', but the plates with latent sites are {sorted(plates)}"
-                )
+                known = sorted(self._prototype_frames)
+                raise ValueError(f"amortize names plate '{unknown[0]}', but the plates with latent sites are {known}")
+            dims = {name: self._prototype_frames[name].dim for name in key}
             if isinstance(source, int):
-                rows[key] = _Embedding(key, [plates[name].size for name in key], source)
+                rows[key] = _Embedding(dims, [plates[name].size for name in key], source)
             else:
-                rows[key] = _Features(key, source, plates, args, kwargs)
+                rows[key] = _Features(dims, source, args, kwargs)
         self._keys = {"_".join(key).replace(".", "_"): key for key in rows}
         self.rows = nn.ModuleDict(dict(zip(self._keys, rows.values(), strict=True))).to(example.device, example.dtype)
         self._check_covered(blocks)
@@ -130,32 +130,33 @@ def _plates(key: str | tuple[str, ...]) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(key)
 
 
-def _name(key: tuple[str, ...]) -> str:
-    return repr(key[0] if len(key) == 1 else key)
+def _name(key: Iterable[str]) -> str:
+    names = tuple(key)
+    return repr(names[0] if len(names) == 1 else names)
 
 
-def _index(plate: Any, rows: Tensor) -> Tensor:
-    """Return rows, one for each element of a plate's minibatch, along the plate's dimension."""
-    return rows.reshape((-1,) + (1,) * (-plate.dim - 1))
+def _along(rows: Tensor, dim: int) -> Tensor:
+    """Return row numbers along a plate's dimension."""
+    return rows.reshape((-1,) + (1,) * (-dim - 1))
 
 
 class _Embedding(nn.Module):
     """A learned vector for each element of some plates."""
 
-    def __init__(self, key: tuple[str, ...], sizes: list[int], size: int) -> None:
+    def __init__(self, frames: Mapping[str, int], sizes: list[int], size: int) -> None:
         super().__init__()
-        self.key, self.size = key, size
+        self.dims, self.size = frames, size
         self.table = nn.Parameter(0.1 * torch.randn(*sizes, size))
 
     def forward(self, plates: Mapping[str, Any], args: tuple, kwargs: dict) -> Tensor:
         """Return ``[*batch, size]``."""
-        for name, full in zip(self.key, self.table.shape, strict=False):
+        for name, full in zip(self.dims, self.table.shape, strict=False):
             if plates[name].size != full:
                 raise ValueError(
                     f"plate '{name}' has {plates[name].size} elements, but the guide's embedding was made for {full}. "
                     "Make a new guide, or amortize by features, which fit any number."
                 )
-        indices = [_index(plates[name], plates[name].indices.to(self.table.device)) for name in self.key]
+        indices = [_along(plates[name].indices.to(self.table.device), dim) for name, dim in self.dims.items()]
         return self.table[tuple(indices)]
 
 
@@ -165,9 +166,9 @@ class _Features(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, key: tuple[str, ...], source: Any, plates: Mapping[str, Any], args: tuple, kwargs: dict) -> None:
+    def __init__(self, dims: Mapping[str, int], source: Any, args: tuple, kwargs: dict) -> None:
         super().__init__()
-        self.key = key
+        self.dims = dims
         if isinstance(source, Tensor):
             self.register_buffer("table", source.detach(), persistent=False)
         else:
@@ -175,9 +176,9 @@ class _Features(nn.Module):
         self.source = source if isinstance(source, nn.Module) else None
         self._function = (None if isinstance(source, (nn.Module, Tensor)) else source,)
         rows = self._given(args, kwargs)
-        if rows.dim() != len(key) + 1:
+        if rows.dim() != len(dims) + 1:
             raise ValueError(
-                f"the features of {_name(key)} have shape {tuple(rows.shape)}; expected [{', '.join(key)}, features]"
+                f"the features of {_name(dims)} have shape {tuple(rows.shape)}; expected [{', '.join(dims)}, features]"
             )
         self.size = rows.shape[-1]
         flat = rows.detach().reshape(-1, self.size)
@@ -189,19 +190,21 @@ class _Features(nn.Module):
         source = self.source if self.source is not None else self._function[0]
         rows = self.table if source is None else source(*args, **kwargs)
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            raise ValueError(f"the features of {_name(self.key)} must be a tensor of floats, got {type(rows).__name__}")
+            raise ValueError(
+                f"the features of {_name(self.dims)} must be a tensor of floats, got {type(rows).__name__}"
+            )
         return rows
 
     def forward(self, plates: Mapping[str, Any], args: tuple, kwargs: dict) -> Tensor:
         """Return ``[*batch, size]``."""
         rows = self._given(args, kwargs)
-        if rows.dim() != len(self.key) + 1 or rows.shape[-1] != self.size:
+        if rows.dim() != len(self.dims) + 1 or rows.shape[-1] != self.size:
             raise ValueError(
-                f"the features of {_name(self.key)} have shape {tuple(rows.shape)}, but the guide was built for "
-                f"[{', '.join(self.key)}, {self.size}]"
+                f"the features of {_name(self.dims)} have shape {tuple(rows.shape)}, but the guide was built for "
+                f"[{', '.join(self.dims)}, {self.size}]"
             )
         indices = []
-        for name, given in zip(self.key, rows.shape, strict=False):
+        for (name, dim), given in zip(self.dims.items(), rows.shape, strict=False):
             plate = plates[name]
             if given not in (plate.subsample_size, plate.size):
                 raise ValueError(
@@ -209,5 +212,5 @@ class _Features(nn.Module):
                     f"elements of {plate.size}"
                 )
             own = plate.indices if given == plate.size else torch.arange(given)
-            indices.append(_index(plate, own.to(rows.device)))
+            indices.append(_along(own.to(rows.device), dim))
         return (rows[tuple(indices)] - self.mean) / self.deviation

@@ -56,7 +56,7 @@ class Latent(NamedTuple):
 
     @property
     def plates(self) -> tuple[str, ...]:
-        """Names of its plates, the outermost dimension first."""
+        """Names of its plates, that of dimension -1 first."""
         return tuple(f.name for f in self.frames)
 
 
@@ -150,7 +150,7 @@ def _check_continuous(name: str, site: Any) -> None:
 
 def _latent(site: Any, tags: _Tag) -> Latent:
     name, fn = site["name"], site["fn"]
-    frames = tuple(sorted(site["cond_indep_stack"], key=lambda frame: frame.dim))
+    frames = tuple(sorted(site["cond_indep_stack"], key=lambda frame: -frame.dim))  # the order that gives plates dims
     if tags.support.get(name):
         raise ValueError(
             f"the support of latent site '{name}' depends on {sorted(tags.support[name])}: a flow's unconstrained "
