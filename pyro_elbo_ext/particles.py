@@ -385,7 +385,7 @@ def make_draw(traces: Traces) -> Draw:
     leaves = {name: node for name, node in traces.guide.nodes.items() if is_leaf(node)}
     flows = {name: _log_prob(name, node) for name, node in leaves.items() if is_flow(node["fn"])}
     drawn = {name: leaves[name]["fn"] for name in flows if hasattr(leaves[name]["fn"], "noise_of")}
-    noise = {name: fn.noise_of(leaves[name]["value"]) for name, fn in drawn.items() if fn.can_score()}
+    noise = {name: fn.noise_of(leaves[name]["value"]) for name, fn in drawn.items() if fn.score_rounds()}
     noise = {name: value for name, value in noise.items() if value is not None}  # a value held was not drawn
     return Draw(traces, {name: node["value"] for name, node in leaves.items()}, flow_log_prob=flows, noise=noise)
 

@@ -74,7 +74,7 @@ def choose(
         nodes: the guide's random sites by name.
     """
     reparameterized = [name for name, node in nodes.items() if is_reparameterized(node)]
-    flow = next((name for name in reparameterized if is_flow(nodes[name]["fn"])), None)
+    flow = next((name for name in reparameterized if _is_slow(nodes[name]["fn"])), None)
     if signal is None and automatic:
         signal = SIGNALS["vimco" if several else "score"]
     unneeded = ""
@@ -90,5 +90,11 @@ def choose(
     elif not several:
         name, reason = "pathwise", "one particle: the total derivative, as Pyro's Trace_ELBO"
     elif flow is not None:
-        name, reason = "pathwise", f"'{flow}' is a flow, whose inverse may be slow or missing"
+        name, reason = "pathwise", f"'{flow}' is a flow, whose score or inverse may be slow or missing"
     return Choice(ESTIMATORS[name], signal, reason + ("" if automatic else unneeded), mixed)
+
+
+def _is_slow(fn: Any) -> bool:
+    """Tell whether a flow's density costs much more at a value held than at its own draw: not for coupling layers."""
+    rounds = fn.score_rounds() if hasattr(fn, "score_rounds") else None
+    return is_flow(fn) and (rounds is None or rounds > 2)

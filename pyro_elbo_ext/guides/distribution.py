@@ -127,9 +127,9 @@ class FlowDistribution(TorchDistribution):
         """Return the noise of the last draw, None if that is not the value."""
         return self._drawn.noise.detach() if self._drawn is not None and value is self._drawn.value else None
 
-    def can_score(self) -> bool:
-        """Tell whether :meth:`log_prob_at` is there for this flow."""
-        return self.flow.can_score(self.context)
+    def score_rounds(self) -> int | None:
+        """Return how many backward passes through a layer :meth:`log_prob_at` takes, None where it is not there."""
+        return self.flow.score_rounds(self.context)
 
     def log_prob_at(self, value: Tensor, noise: Tensor) -> Tensor:
         r"""Return the log-density at a value whose noise is known, without an inverse.

@@ -185,9 +185,10 @@ class Flow(nn.Module):
         """Return values less their location, over their scale."""
         return x if self.affine is None else self.affine.pull(x)[0]
 
-    def can_score(self, context: Tensor | None = None) -> bool:
-        """Tell whether :meth:`score` is there for this flow."""
-        return steps(self.transform(context)) is not None
+    def score_rounds(self, context: Tensor | None = None) -> int | None:
+        """Return how often :meth:`score` goes back through the slowest layer, None where there is no score."""
+        layers = steps(self.transform(context))
+        return None if layers is None else max((rounds for _, rounds in layers), default=1)
 
     def score(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Return :math:`\nabla_x \log q(x)` at the value that some noise is pushed to, detached; nothing is inverted.

@@ -250,14 +250,14 @@ def mean_and_error(loss, model, guide, calls=40):
     "loss, bound",
     [
         (Trace_ELBO(8, vectorize_particles=True, max_plate_nesting=0), VRIWAE_ELBO(1.0, 400)),
-        (IWAE_ELBO(8, nonfinite="drop"), IWAE_ELBO(8)),
+        (IWAE_ELBO(8, gradient="dreg", nonfinite="drop"), IWAE_ELBO(8)),
     ],
     ids=["pyro", "iwae"],
 )
 def test_a_model_that_fails_at_some_draws_trains_to_the_same_bound(loss, bound):
     def model(bad):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        broken = torch.rand(z.shape[:-1]) < bad
+        broken = (997 * z.detach().sum(-1)).remainder(1.0) < bad
         factor = dist.Normal(z, 0.5).log_prob(torch.tensor([1.0, -2.0])).sum(-1)
         pyro.factor("x", factor * torch.where(broken, math.nan, 1.0))
 
@@ -277,10 +277,10 @@ def test_a_model_that_fails_at_some_draws_trains_to_the_same_bound(loss, bound):
             warnings.simplefilter("ignore")  # Pyro's, that the loss of such a step is NaN
             for _ in range(600):
                 svi.step(bad)
-        assert (int(flow.dropped) > 20) == (bad > 0)
+        assert (int(flow.dropped) + getattr(loss, "num_dropped", 0) > 20) == (bad > 0)
         assert mean_and_error(VRIWAE_ELBO(1.0, 400), model, guide)[0] > start + 1  # it trained at all
         mean, error = mean_and_error(bound, model, guide)
-        assert evidence - 0.05 < mean < evidence + 4 * error
+        assert evidence - 0.02 < mean < evidence + 4 * error
 
 
 @pytest.mark.parametrize("kind", KINDS)
