@@ -21,7 +21,7 @@ from pyro_elbo_ext.guides.distribution import FlowDistribution
 from pyro_elbo_ext.guides.flows import RATE, Affine, Flow, as_flow, make_flow
 from pyro_elbo_ext.guides.noncentering import LocationScale, PriorRun, center, location_scale, whiten
 from pyro_elbo_ext.guides.packing import Packing
-from pyro_elbo_ext.guides.structure import Latent, inspect_model, is_identity
+from pyro_elbo_ext.guides.structure import Latent, finite, inspect_model, is_identity
 from pyro_elbo_ext.guides.summaries import covariance_triangle, gaussian_draws, many_draws
 from pyro_elbo_ext.guides.summaries import quantiles as _quantiles
 from pyro_elbo_ext.tracing import forked_rng
@@ -80,6 +80,7 @@ class FlowGuide(AutoGuide):
         self._init_loc_fn, self._init_scale, self._noncenter = init_loc_fn, init_scale, noncenter
         self._blocks: tuple[Block, ...] = ()
         self._packing: Packing | None = None
+        self._registered = False
         self._unloaded: dict[str, Tensor] | None = None
 
     # Structure
@@ -131,15 +132,15 @@ class FlowGuide(AutoGuide):
         flows = flows.to(example.device, example.dtype)
         if not isinstance(self._make[0], nn.Module):  # a flow that is the user's own keeps its parameters
             self._packing = Packing(flows)
-            self.weights = nn.Parameter(self._packing.first)
+            self.register_parameter("weights", nn.Parameter(self._packing.first))
             self.register_buffer("mask", self._packing.mask, persistent=False)
-        self.flows = flows
+        self.add_module("flows", flows)
         if self._num_weights:
-            self.centering = nn.Parameter(torch.zeros(self._num_weights, dtype=example.dtype, device=example.device))
+            weights = torch.zeros(self._num_weights, dtype=example.dtype, device=example.device)
+            self.register_parameter("centering", nn.Parameter(weights))
         if self._unloaded is not None:
             state, self._unloaded = self._unloaded, None
             self.load_state_dict(state)
-        self._adopt()
 
     def _new_flow(self, block: Block, context: int) -> Flow:
         loc = torch.cat([self._first_location(block, slot) for slot in block.slots])
@@ -169,25 +170,38 @@ class FlowGuide(AutoGuide):
         start, latent = slot.latent.start, slot.latent
         if slot.weight is not None and latent.prior is not None:
             start = whiten(start, torch.sigmoid(start.new_tensor(START)), latent.prior)
-        start = start.expand(latent.start.shape)
+        start = finite(start.expand(latent.start.shape))
         return start.reshape(-1, slot.size).mean(0)
 
-    def _adopt(self) -> None:
-        """Take over parameters that a loaded param store has for this guide, and drop them there to be registered."""
+    def _register(self) -> None:
+        """Make the parameters known to Pyro's param store, or take over what it has been loaded with."""
+        self._registered = True
+        if pyro.settings.get("module_local_params"):
+            return
         store = pyro.get_param_store()
+        start = self._pyro_get_fullname("start")
+        modules = [
+            self._modules[name] for name in ("flows", "rows") if name in self._modules
+        ]  # which registers nothing
+        buffers = [b for module in modules if module for b in module.buffers() if b.is_floating_point()]
         for name, parameter in self.named_parameters():
             head, _, tail = name.partition(".")
             full = self._pyro_get_fullname(head) + (f"$$${tail}" if tail else "")
             if full not in store:
                 continue
             stored = store[full].detach()
-            if stored.shape != parameter.shape:
+            if stored.shape != parameter.shape or start not in store:
                 raise ValueError(
                     f"the param store holds '{full}' of shape {tuple(stored.shape)}, where this guide's has "
                     f"{tuple(parameter.shape)}: it is another guide's. Call pyro.clear_param_store() first."
                 )
             parameter.data.copy_(stored)
-            del store[full]
+            del store[full]  # to be registered as this guide's own
+        if start in store:
+            for buffer, part in zip(buffers, store[start].detach().split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(part.reshape(buffer.shape))
+        else:  # an optimiser leaves alone what no loss depends on
+            pyro.param(start, torch.cat([buffer.reshape(-1) for buffer in buffers]))
 
     # Sampling
 
@@ -195,6 +209,8 @@ class FlowGuide(AutoGuide):
         """Draw every latent site, and return the values by name."""
         if not self._blocks:
             self.build(*args, **kwargs)
+        if not self._registered:
+            self._register()
         plates = self._create_plates(*args, **kwargs)
         draw = Draw()
         flows, weights = self._unpacked(), self._weights()
@@ -395,6 +411,10 @@ class FlowGuide(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be pickled: weak references, and a model that is not importable."""
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        if self._packing is not None:
+            self._packing.cut()
         state = self.__dict__.copy()
         state["master"] = None
         state["prototype_trace"] = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_elbo_ext.guides.structure import Latent, is_identity
+from pyro_elbo_ext.guides.structure import Latent, finite, is_identity
 
 __all__ = ["Block", "Draw", "Slot", "Standard", "make_slot", "summary"]
 
@@ -118,7 +118,8 @@ def _first_prior(slot: Slot) -> tuple[Tensor, Tensor]:
         return start.new_zeros(slot.size), start.new_ones(slot.size)
     scale = prior.scale.square().sum(-1).sqrt() if prior.matrix else prior.scale
     loc, scale = (part.expand(start.shape).reshape(-1, slot.size) for part in (prior.loc, scale))
-    return loc.mean(0), (scale.square().mean(0) + loc.var(0, unbiased=False)).sqrt()
+    deviation = (scale.square().mean(0) + loc.var(0, unbiased=False)).sqrt()
+    return finite(loc.mean(0)), finite(deviation, 1.0)
 
 
 def summary(block: Block, draw: Draw, white: Tensor, standard: Standard | None) -> Tensor:

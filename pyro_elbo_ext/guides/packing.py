@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -56,11 +54,10 @@ class Packing:
         """Return the vector of the module's tensors as they are now."""
         return torch.cat([module.__dict__[name].reshape(-1) for module, name in self._places])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def cut(self) -> None:
         """Cut the views off their history, which cannot be copied."""
         for module, name in self._places:
             module.__dict__[name] = module.__dict__[name].detach()
-        return self.__dict__
 
 
 def _zero_nonfinite(slope: Tensor) -> Tensor:

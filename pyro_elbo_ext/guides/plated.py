@@ -102,7 +102,8 @@ class AutoPlatedFlow(FlowGuide):
             else:
                 rows[key] = _Features(dims, source, args, kwargs)
         self._keys = {"_".join(key).replace(".", "_"): key for key in rows}
-        self.rows = nn.ModuleDict(dict(zip(self._keys, rows.values(), strict=True))).to(example.device, example.dtype)
+        modules = nn.ModuleDict(dict(zip(self._keys, rows.values(), strict=True)))
+        self.add_module("rows", modules.to(example.device, example.dtype))
         self._check_covered(blocks)
         return {b.key: sum(rows[key].size for key in rows if set(key) <= set(b.plates)) for b in blocks}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,7 +19,7 @@ from torch.distributions import Transform, biject_to
 from pyro_elbo_ext.guides.noncentering import LocationScale, location_scale
 from pyro_elbo_ext.sites import base_name, plate_factor
 
-__all__ = ["Latent", "Structure", "inspect_model", "is_identity"]
+__all__ = ["Latent", "Structure", "inspect_model", "is_identity", "finite"]
 
 
 class Latent(NamedTuple):
@@ -165,7 +165,7 @@ def _latent(site: Any, tags: _Tag) -> Latent:
     with helpful_support_errors(site):
         transform = biject_to(fn.support)
     start = transform.inv(site["value"])
-    start = torch.where(torch.isfinite(start), start, torch.zeros_like(start))
+    start = finite(start)
     parents = tags.parents.get(name, frozenset())
     return Latent(name, transform, fn.event_dim, start, frames, parents, location_scale(fn) if parents else None)
 
@@ -175,6 +175,6 @@ def is_identity(transform: Transform) -> bool:
     return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
 
 
-def sizes(frames: Iterable[Any]) -> dict[str, int]:
-    """Return the full sizes of plates by name."""
-    return {frame.name: frame.full_size or frame.size for frame in frames}
+def finite(value: Tensor, instead: float = 0.0) -> Tensor:
+    """Replace what is not finite, as the median of a Cauchy's few draws may be, or what follows from it."""
+    return torch.where(torch.isfinite(value), value, instead)

@@ -1,0 +1,758 @@
+"""AutoFlow and AutoPlatedFlow: exact densities, structure, minibatches, saving, refusals."""
+
+import copy
+import io
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_value
+from torch.distributions import biject_to, constraints
+
+from pyro_elbo_ext import IWAE_ELBO, VRIWAE_ELBO, AutoFlow, AutoPlatedFlow, make_flow
+from pyro_elbo_ext.guides.noncentering import LocationScale, center, location_scale, whiten
+from pyro_elbo_ext.guides.zuko import import_zuko
+from tests.cases import NUM_DATA, global_log_evidence, global_model, local_model, log_evidence, nested_model
+
+Y = torch.tensor([2.8, 0.8, -0.3, 0.7])
+
+
+def schools():
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(1.0)))
+    with pyro.plate("schools", 4):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=Y.to(theta.dtype))
+
+
+def rows(batch=NUM_DATA):
+    return pyro.plate("data", NUM_DATA, subsample_size=batch)
+
+
+def levels():
+    """Three levels, non-centred at two of them; a latent site after the plates in the model's order."""
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(torch.tensor(0.0), 0.5))
+    with pyro.plate("groups", 3, dim=-1):
+        group = pyro.sample("group", dist.Normal(mu, tau))
+        with pyro.plate("members", 2, dim=-3):  # dimension -2 is left free
+            member = pyro.sample("member", dist.StudentT(4.0, group, tau))
+            pyro.sample("x", dist.Normal(member, 1.0), obs=torch.arange(6.0).reshape(2, 1, 3))
+    pyro.sample("noise", dist.Exponential(1 / tau))
+
+
+def perturb(guide, amount=0.3):
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            parameter.add_((0.02 if name == "centering" else amount / 3) * torch.randn_like(parameter))
+    return guide
+
+
+def log_weight(model, guide, *args):
+    trace = poutine.trace(guide).get_trace(*args)
+    replayed = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*args)
+    return replayed.log_prob_sum() - trace.log_prob_sum(), trace
+
+
+GUIDES = {"joint": AutoFlow, "plated": AutoPlatedFlow}
+
+
+@pytest.mark.parametrize("model", [schools, levels, nested_model], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_the_density_is_that_of_the_whole_map_from_noise(make, model):
+    """log q(z) by change of variables through the Jacobian of the guide as a function of its noise."""
+    guide = make(model)
+    guide.build()
+    perturb(guide)
+    blocks = [block.key for block in guide._blocks]
+    trace = poutine.trace(guide).get_trace()
+    noise = {key: trace.nodes[f"_{guide._pyro_name}_{key}"]["fn"]._drawn.noise for key in blocks}
+    sites = [slot.latent for block in guide._blocks for slot in block.slots]
+
+    def run(flat):
+        parts = dict(zip(blocks, flat.split([value.numel() for value in noise.values()]), strict=True))
+
+        def rsample(key):
+            return lambda shape, context=None: parts[key].reshape(noise[key].shape)
+
+        for key in blocks:
+            guide.flows[key].base.rsample = rsample(key)
+        found = poutine.trace(guide).get_trace()
+        values = [biject_to(_free(site)).inv(found.nodes[site.name]["value"]) for site in sites]
+        return torch.cat([value.reshape(-1) for value in values]), found
+
+    flat = torch.cat([value.reshape(-1) for value in noise.values()]).detach()
+    jacobian = torch.autograd.functional.jacobian(lambda e: run(e)[0], flat)
+    found = run(flat)[1]
+    base = dist.Normal(torch.zeros_like(flat), 1.0).log_prob(flat).sum()
+    to_constrained = 0.0
+    for site in sites:
+        z = found.nodes[site.name]["value"]
+        bijection = biject_to(_free(site))
+        to_constrained = to_constrained + bijection.inv.log_abs_det_jacobian(z, bijection.inv(z)).sum()
+    expected = base - torch.linalg.slogdet(jacobian).logabsdet + to_constrained
+    assert torch.allclose(found.log_prob_sum(), expected)
+
+
+def _free(site):
+    return constraints.positive if type(site.transform).__name__ == "ExpTransform" else constraints.real
+
+
+SUPPORTS = {
+    "positive": (dist.Gamma(2.0, 1.0), torch.linspace(1e-9, 60.0, 200_001)),
+    "interval": (dist.Uniform(-1.0, 2.0), torch.linspace(-1 + 1e-7, 2 - 1e-7, 200_001)),
+    "unit": (dist.Beta(2.0, 3.0), torch.linspace(1e-7, 1 - 1e-7, 200_001)),
+    "real": (dist.Cauchy(0.0, 1.0), torch.linspace(-60.0, 60.0, 200_001)),
+}
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_constrained_density_integrates_to_one(support):
+    fn, grid = SUPPORTS[support]
+    guide = AutoFlow(lambda: pyro.sample("z", fn))
+    guide.build()
+    perturb(guide, 0.1)
+    bijection = biject_to(fn.support)
+    u = bijection.inv(grid)
+    with torch.no_grad():
+        log_q = guide.get_posterior().log_prob(u.unsqueeze(-1)) - bijection.log_abs_det_jacobian(u, grid)
+    assert abs(float(torch.trapezoid(log_q.exp(), grid)) - 1) < 1e-5
+    # and the guide's own trace says the same
+    trace = poutine.trace(guide).get_trace()
+    z = trace.nodes["z"]["value"]
+    own = guide.get_posterior().log_prob(bijection.inv(z).reshape(1)) - bijection.log_abs_det_jacobian(
+        bijection.inv(z), z
+    )
+    assert torch.allclose(trace.log_prob_sum(), own)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Dirichlet(torch.ones(3)),
+        dist.LKJCholesky(3, torch.tensor(1.0)),
+        dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.transforms.OrderedTransform()),
+        dist.Uniform(torch.zeros(2), 1.0).to_event(1),
+    ],
+    ids=["simplex", "cholesky", "ordered", "vector"],
+)
+def test_draws_lie_in_the_support(fn):
+    guide = AutoFlow(lambda: pyro.sample("z", fn))
+    guide.build()
+    perturb(guide)
+    for _ in range(20):
+        weight, trace = log_weight(lambda: pyro.sample("z", fn), guide)
+        assert fn.support.check(trace.nodes["z"]["value"]).all() and torch.isfinite(weight)
+
+
+# Non-centring
+
+
+FAMILIES = {
+    "normal": lambda a, b: dist.Normal(a, b),
+    "student": lambda a, b: dist.StudentT(5.0, a, b),
+    "laplace": lambda a, b: dist.Laplace(a, b),
+    "cauchy": lambda a, b: dist.Cauchy(a, b),
+    "logistic": lambda a, b: dist.Logistic(a, b),
+    "gumbel": lambda a, b: dist.Gumbel(a, b),
+    "log-normal": lambda a, b: dist.LogNormal(a, b),
+    "half-normal": lambda a, b: dist.HalfNormal(b),
+    "half-cauchy": lambda a, b: dist.HalfCauchy(b),
+    "exponential": lambda a, b: dist.Exponential(1 / b),
+    "gamma": lambda a, b: dist.Gamma(3.0, 1 / b),
+    "inverse-gamma": lambda a, b: dist.InverseGamma(3.0, b),
+    "weibull": lambda a, b: dist.Weibull(b, 1.5),
+    "event": lambda a, b: dist.Normal(a, b).expand([2]).to_event(1).mask(True),
+    "multivariate": lambda a, b: dist.MultivariateNormal(
+        a.expand(2), scale_tril=b * torch.tensor([[1.0, 0.0], [0.7, 2.0]])
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_of_a_prior_depends_on_nothing(family):
+    """The noise of a family, whitened by its location and scale, has one density whatever these are."""
+    found = []
+    for a, b in ((0.0, 1.0), (1.5, 0.2), (-2.0, 7.0)):
+        fn = FAMILIES[family](torch.tensor(a), torch.tensor(b))
+        w = torch.tensor([0.3, -0.8]) if fn.event_shape else torch.tensor(0.3)
+        u, ladj = center(w, torch.tensor(0.0), location_scale(fn))
+        bijection = biject_to(fn.support)
+        z = bijection(u)
+        jacobian = bijection.log_abs_det_jacobian(u, z)
+        found.append(fn.log_prob(z) + jacobian.sum() + ladj.expand(u.shape).sum())
+    assert torch.allclose(torch.stack(found), found[0])
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("matrix", [False, True])
+def test_center_and_whiten_are_inverse_and_know_their_jacobian(c, matrix):
+    c, loc, w = torch.tensor(c), torch.randn(3), torch.randn(3)
+    scale = torch.randn(3, 3).tril(-1) + torch.rand(3).diag() + torch.eye(3) if matrix else torch.rand(3) + 0.1
+    prior = LocationScale(loc, scale, matrix)
+    u, ladj = center(w, c, prior)
+    assert torch.allclose(whiten(u, c, prior), w)
+    jacobian = torch.autograd.functional.jacobian(lambda w: center(w, c, prior)[0], w)
+    assert torch.allclose(torch.linalg.slogdet(jacobian).logabsdet, ladj.sum())
+    if float(c) == 1.0:
+        assert torch.allclose(u, w)
+
+
+def test_sites_are_non_centred_where_their_prior_depends_on_latent_sites():
+    guide = AutoPlatedFlow(levels)
+    guide.build()
+    assert set(guide.centering_weights) == {"group", "member", "noise"}
+    assert all(abs(weight - 0.119) < 1e-3 for weight in guide.centering_weights.values())
+    guide = AutoPlatedFlow(levels, noncenter=False)
+    guide.build()
+    assert guide.centering_weights == {}
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_a_prior_is_fitted_exactly(make):
+    """The funnel of a hierarchy without data: non-centred, a Gaussian is exact; centred it is 1 nat away."""
+
+    def model():
+        v = pyro.sample("v", dist.Normal(torch.tensor(0.0), 1.5))
+        with pyro.plate("rows", 3):
+            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+    pyro.set_rng_seed(1)
+    guide = make(model, init_scale=0.2)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / 500)}), VRIWAE_ELBO(1.0, 16))
+    before = svi.evaluate_loss()
+    for _ in range(500):
+        svi.step()
+    losses = torch.tensor([VRIWAE_ELBO(1.0, 100).loss(model, guide) for _ in range(40)])
+    assert float(losses.mean()) < 2e-3 + 3 * float(losses.std()) / 40**0.5 < 0.1 < before
+
+
+# Exactness
+
+
+def test_a_gaussian_posterior_is_found_exactly():
+    pyro.set_rng_seed(0)
+    guide = AutoFlow(global_model, affine="tril", noncenter=False)
+    optim = pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.005 ** (1 / 600)})
+    svi = SVI(global_model, guide, optim, VRIWAE_ELBO(1.0, 16, gradient="stl"))
+    for _ in range(600):
+        svi.step()
+    losses = torch.tensor([VRIWAE_ELBO(1.0, 64).loss(global_model, guide) for _ in range(40)])
+    gap = global_log_evidence() + losses.mean()
+    assert -4 * float(losses.std()) / 40**0.5 < float(gap) < 1e-3 + 4 * float(losses.std()) / 40**0.5
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: AutoPlatedFlow(global_model), lambda: AutoFlow(global_model)], ids=["plated", "joint"]
+)
+def test_stl_and_dreg_agree_with_the_total_derivative(make):
+    guide = make()
+    guide.build()
+    perturb(guide, 0.1)
+    parameters = [p for name, p in guide.named_parameters() if name in ("weights", "centering")]
+
+    def gradients(loss, calls=200):
+        found = []
+        for _ in range(calls):
+            slopes = torch.autograd.grad(
+                loss.differentiable_loss(global_model, guide), parameters, materialize_grads=True
+            )
+            flat = torch.cat([slope.reshape(-1) for slope in slopes])
+            found.append(torch.cat([flat[:: max(len(flat) // 50, 1)], flat[-12:]]))  # the affine maps come last
+        return torch.stack(found)
+
+    for path, loss in (
+        ("stl", lambda g: VRIWAE_ELBO(1.0, 32, gradient=g)),
+        ("dreg", lambda g: IWAE_ELBO(4, gradient=g)),
+    ):
+        one, other = gradients(loss(path)), gradients(loss("pathwise"))
+        error = (one.var(0) / len(one) + other.var(0) / len(other)).sqrt()
+        z = ((one.mean(0) - other.mean(0)).abs() / error.clamp_min(1e-9)).max()
+        assert float(z) < 5, path
+
+
+# Minibatches and particles
+
+
+def test_each_row_gets_its_own_whatever_the_minibatch():
+    guide = AutoPlatedFlow(local_model, create_plates=rows)
+    guide.build(NUM_DATA)
+    perturb(guide)
+    noise = torch.randn(NUM_DATA, 1)
+    full = poutine.trace(_frozen(guide, noise)).get_trace(NUM_DATA)
+    for _ in range(20):
+        part = poutine.trace(_frozen(guide, noise)).get_trace(3)
+        i = part.nodes["data"]["value"]
+        for name in ("z", "_AutoPlatedFlow_data"):
+            assert torch.allclose(part.nodes[name]["value"], full.nodes[name]["value"][i])
+            fn = full.nodes[name]["fn"].log_prob(full.nodes[name]["value"])
+            assert torch.allclose(part.nodes[name]["fn"].log_prob(part.nodes[name]["value"]), fn[i])
+    assert full.nodes["z"]["value"].unique().numel() == NUM_DATA
+
+
+def _frozen(guide, noise):
+    """The guide with row i's noise given, whichever minibatch it comes in."""
+
+    def run(batch):
+        flow = guide.flows["data"]
+
+        def rsample(shape, context=None):
+            return noise[guide.plates["data"].indices]
+
+        flow.base.rsample = rsample
+        return guide(batch)
+
+    return run
+
+
+@pytest.mark.parametrize("source", ["tensor", "function", "module", "batch"])
+def test_features_go_to_their_rows(source):
+    table = torch.randn(NUM_DATA, 2)
+    encoder = torch.nn.Linear(2, 3)
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, batch):
+            return self.encoder(table)
+
+    sources = {
+        "tensor": table,
+        "function": lambda batch: table,
+        "module": Encoder(),
+        "batch": lambda batch: table[guide.plates["data"].indices],
+    }
+    guide = AutoPlatedFlow(local_model, {"data": sources[source]}, create_plates=rows)
+    guide.build(NUM_DATA)
+    perturb(guide)
+    noise = torch.randn(NUM_DATA, 1)
+    full = poutine.trace(_frozen(guide, noise)).get_trace(NUM_DATA).nodes["z"]["value"]
+    part = poutine.trace(_frozen(guide, noise)).get_trace(3)
+    assert torch.allclose(part.nodes["z"]["value"], full[part.nodes["data"]["value"]])
+    guide(NUM_DATA)
+    assert any("encoder" in name for name in pyro.get_param_store()) == (source == "module")
+
+
+def test_a_minibatch_has_the_full_batches_expectation():
+    guide = AutoPlatedFlow(global_model, create_plates=rows)
+    guide.build(NUM_DATA)
+    perturb(guide, 0.1)
+    found = {}
+    for batch in (NUM_DATA, 3):
+        values = torch.tensor([-VRIWAE_ELBO(1.0, 64).loss(global_model, guide, batch) for _ in range(400)])
+        found[batch] = (values.mean(), values.var() / len(values))
+    (full, error), (part, other) = found.values()
+    assert abs(full - part) < 4 * (error + other) ** 0.5
+
+
+def test_local_latents_have_a_weight_for_each_row():
+    guide = AutoPlatedFlow(local_model, create_plates=rows)
+    loss = IWAE_ELBO(8)
+    assert loss.explain(local_model, guide, NUM_DATA).plates == ("data",)
+    svi = SVI(local_model, guide, pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.01 ** (1 / 500)}), loss)
+    for _ in range(500):
+        svi.step(3)
+    values = torch.tensor([-loss.loss(local_model, guide, NUM_DATA) for _ in range(100)])
+    assert log_evidence() - 0.1 < values.mean() < log_evidence() + 4 * values.std() / 10
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_parameters_do_not_know_the_particles_they_first_ran_in(make, vectorize):
+    shapes = []
+    for first in (True, False):
+        pyro.clear_param_store()
+        guide = make(schools)
+        if not first:
+            guide.build()
+        with pyro.plate("particles", 7, dim=-2):
+            guide()
+        shapes.append({name: parameter.shape for name, parameter in guide.named_parameters()})
+        loss = Trace_ELBO(4, vectorize_particles=vectorize, max_plate_nesting=1)
+        loss.loss_and_grads(schools, guide)
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("model", [schools, levels, nested_model], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_vectorised_particles_weigh_what_single_ones_do(make, model):
+    guide = make(model)
+    guide.build()
+    perturb(guide)
+    nesting = 3
+    with pyro.plate("particles", 5, dim=-nesting - 1):
+        trace = poutine.trace(guide).get_trace()
+    trace.compute_log_prob()
+    names = [block.key for block in guide._blocks]
+    for k in range(5):
+        values = {f"_{guide._pyro_name}_{key}": trace.nodes[f"_{guide._pyro_name}_{key}"]["value"] for key in names}
+        single = {name: _one(value, k, nesting, 1) for name, value in values.items()}
+        alone = poutine.trace(poutine.condition(guide, data=single)).get_trace()
+        alone.compute_log_prob()
+        for name, node in alone.nodes.items():
+            if node["type"] == "sample" and name in trace.nodes and "fn" in node and hasattr(node["fn"], "event_dim"):
+                if not isinstance(node["value"], torch.Tensor) or not node["value"].is_floating_point():
+                    continue
+                wide = trace.nodes[name]
+                assert torch.allclose(_one(wide["value"], k, nesting, node["fn"].event_dim), node["value"])
+                assert torch.allclose(_one(wide["log_prob"], k, nesting, 0), node["log_prob"])
+
+
+def _one(value, k, nesting, event_dim):
+    """Particle k of what has particles in front, with the plate dimensions it does not have taken out."""
+    value = value[k]
+    while value.dim() > event_dim and value.shape[0] == 1:
+        value = value[0]
+    return value
+
+
+# Living with Pyro
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_a_state_loads_into_a_fresh_guide(make):
+    guide = perturb_built(make(schools))
+    state = io.BytesIO()
+    torch.save(guide.state_dict(), state)
+    state.seek(0)
+    fresh = make(schools)
+    fresh.load_state_dict(torch.load(state, weights_only=True))
+    for run in (guide, fresh):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        run.found = log_weight(schools, run)[0]
+    assert guide.found == fresh.found
+    built = make(schools)
+    built.build()
+    built.load_state_dict(guide.state_dict())
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    assert log_weight(schools, built)[0] == guide.found
+
+
+def perturb_built(guide):
+    guide.build()
+    return perturb(guide)
+
+
+def test_a_loaded_param_store_reaches_a_fresh_guide():
+    guide = perturb_built(AutoFlow(schools))
+    guide()
+    state = pyro.get_param_store().get_state()
+    pyro.set_rng_seed(3)
+    before = log_weight(schools, guide)[0]
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    fresh = AutoFlow(schools)
+    fresh.build()
+    pyro.set_rng_seed(3)
+    assert log_weight(schools, fresh)[0] == before
+    assert (
+        pyro.param("AutoFlow.weights").data_ptr() == fresh.weights.data_ptr()
+    )  # what an optimiser steps is what the guide uses
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_a_guide_is_copied_and_pickled(make, how):
+    guide = perturb_built(make(schools))
+    guide()
+    other = how(guide)
+    found = []
+    for run in (guide, other, guide):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        found.append(log_weight(schools, run)[0])
+    assert found[0] == found[1] == found[2]
+    with torch.no_grad():
+        other.weights.add_(1.0)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    assert log_weight(schools, guide)[0] == found[0]
+
+
+def test_a_guide_whose_model_does_not_pickle_asks_for_it():
+    def local():
+        schools()
+
+    guide = AutoPlatedFlow(local)
+    guide()
+    other = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(RuntimeError, match="guide.model = model"):
+        other()
+    other.model = local
+    other()
+
+
+def test_building_leaves_random_state_alone():
+    for make in GUIDES.values():
+        before = torch.get_rng_state()
+        make(schools).build()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_names_are_stable():
+    AutoPlatedFlow(schools)()
+    names = ("start", "weights", "centering", "rows$$$schools.table")
+    assert set(pyro.get_param_store()) == {f"AutoPlatedFlow.{name}" for name in names}
+
+
+def test_double_precision_follows_the_model():
+    guide = AutoFlow(schools)
+    guide()
+    assert {p.dtype for p in guide.parameters()} == {torch.get_default_dtype()}
+
+
+def test_it_starts_where_it_is_told():
+    start = {"mu": torch.tensor(3.0), "tau": torch.tensor(2.0), "theta": torch.arange(4.0)}
+    for make in GUIDES.values():
+        guide = make(schools, init_loc_fn=init_to_value(values=start), init_scale=1e-3)
+        median = guide.median()
+        assert abs(float(median["mu"]) - 3) < 0.1 and abs(float(median["tau"]) - 2) < 0.1
+        expected = start["theta"] if make is AutoFlow else torch.full((4,), 1.5)  # one flow for all elements
+        assert torch.allclose(median["theta"], expected, atol=0.2)
+
+
+def test_median_and_quantiles_have_the_sites_shapes():
+    for make in GUIDES.values():
+        guide = make(nested_model)
+        median, quantiles = guide.median(), guide.quantiles([0.05, 0.5, 0.95])
+        assert {name: tuple(value.shape) for name, value in median.items()} == {"a": (3,), "b": (2, 3), "w": (2, 3, 2)}
+        assert all(value.shape == (3, *median[name].shape) for name, value in quantiles.items())
+        assert all((value[0] < value[1]).all() and (value[1] < value[2]).all() for value in quantiles.values())
+
+
+@pytest.mark.parametrize("source", ["normal", "laplace", "guide"])
+def test_a_warm_start_is_the_gaussian(source):
+    def model():
+        z = pyro.sample("z", dist.MultivariateNormal(torch.tensor([3.0, -1.0]), torch.tensor([[2.0, 1.2], [1.2, 1.0]])))
+        pyro.sample("s", dist.LogNormal(z[..., 0] / 3, 0.5))
+
+    pyro.set_rng_seed(0)
+    before = list(pyro.get_param_store())
+    guide = AutoFlow(model, affine="tril")
+    other = perturb(AutoFlow(model, affine="tril", noncenter=False)) if source == "guide" else source
+    if source == "guide":
+        other.build()
+        other.warm_start("laplace", num_samples=4000)
+    guide.warm_start(other, num_steps=1500, num_samples=4000)
+    if source != "guide":
+        assert list(pyro.get_param_store()) == before
+    pyro.clear_param_store()
+    losses = torch.tensor([VRIWAE_ELBO(1.0, 500).loss(model, guide) for _ in range(20)])
+    limit = 0.85 if source == "normal" else 0.02  # a mean field is 0.7 nats away
+    pyro.clear_param_store()
+    assert float(losses.mean()) < limit < VRIWAE_ELBO(1.0, 500).loss(model, AutoFlow(model))
+
+
+def test_predictive_takes_the_guide():
+    for make in GUIDES.values():
+        drawn = Predictive(schools, guide=make(schools), num_samples=6)()
+        assert drawn["theta"].shape == (6, 4)
+
+
+def test_it_is_a_part_of_a_guide_list():
+    guide = AutoGuideList(schools)
+    guide.append(AutoDelta(poutine.block(schools, expose=["mu"])))
+    guide.append(AutoFlow(poutine.block(schools, hide=["mu"])))
+    Trace_ELBO().loss_and_grads(schools, guide)
+    assert set(guide.median()) == {"mu", "tau", "theta"}
+
+
+def test_discrete_sites_are_left_to_enumeration():
+    def model():
+        p = pyro.sample("p", dist.Beta(torch.tensor(1.0), 1.0))
+        with pyro.plate("rows", 5):
+            z = pyro.sample("z", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(2 * z, 1.0), obs=torch.tensor([0.0, 0.1, 2.0, 1.9, 2.2]))
+
+    guide = AutoFlow(poutine.block(model, hide=["z"]), init_loc_fn=init_to_value(values={"p": torch.tensor(0.01)}))
+    svi = SVI(
+        model, guide, pyro.optim.Adam({"lr": 0.02}), TraceEnum_ELBO(8, vectorize_particles=True, max_plate_nesting=1)
+    )
+    first = sum(svi.step() for _ in range(20))
+    for _ in range(200):
+        svi.step()
+    assert sum(svi.step() for _ in range(20)) < first
+
+
+def test_zuko_flows_and_flows_of_ones_own():
+    zuko = import_zuko()
+    torch_dtype = torch.get_default_dtype()
+    for flow in (
+        zuko.flows.NICE,
+        zuko.flows.NICE(6).to(torch_dtype),
+        lambda d, c: make_flow("coupling", d, c, transforms=2),
+    ):
+        pyro.clear_param_store()
+        guide = AutoFlow(schools, flow=flow)
+        svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), VRIWAE_ELBO(1.0, 16))
+        first = sum(svi.step() for _ in range(10))
+        for _ in range(60):
+            svi.step()
+        assert sum(svi.step() for _ in range(10)) < first
+
+
+@pytest.mark.parametrize("base", ["studentt", "mixture"])
+@pytest.mark.parametrize("flow", ["iaf", "coupling", "spline"])
+def test_every_flow_and_base_trains(flow, base):
+    guide = AutoFlow(schools, flow=flow, base=base)
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), VRIWAE_ELBO(1.0, 16))
+    first = sum(svi.step() for _ in range(10))
+    for _ in range(60):
+        svi.step()
+    assert sum(svi.step() for _ in range(10)) < first
+
+
+# Refusals
+
+
+def discrete():
+    pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+
+def dynamic():
+    top = pyro.sample("top", dist.LogNormal(torch.tensor(0.0), 1.0))
+    pyro.sample("z", dist.Uniform(0.0, top))
+
+
+def sequential():
+    for i in pyro.plate("rows", 2):
+        pyro.sample(f"z{i}", dist.Normal(torch.tensor(0.0), 1.0))
+
+
+def undeclared():
+    with pyro.plate("rows", 3, dim=-1):
+        pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0))
+
+
+def by_row(batch):
+    with rows(batch) as i:
+        pyro.sample("z", dist.Uniform(0.0, 1.0 + torch.arange(float(NUM_DATA))[i]))
+
+
+def later(guide, *calls):
+    for args in calls:
+        guide(*args)
+
+
+def grown(batch, size=NUM_DATA):
+    with pyro.plate("data", size, subsample_size=batch):
+        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+
+REFUSALS = {
+    "discrete": (lambda: AutoFlow(discrete)(), ValueError, "latent site 'z' is a Bernoulli, which is discrete"),
+    "dynamic": (lambda: AutoFlow(dynamic)(), ValueError, r"support of latent site 'z' depends on \['top'\]"),
+    "sequential": (lambda: AutoFlow(sequential)(), NotImplementedError, "'z0' is in plate 'rows', which is sequential"),
+    "no-latents": (lambda: AutoFlow(lambda: None)(), ValueError, "no latent sites"),
+    "undeclared": (lambda: AutoPlatedFlow(undeclared)(), ValueError, r"batch shape \(2, 3\), of which dimension -2"),
+    "row-support": (lambda: AutoPlatedFlow(by_row, create_plates=rows)(3), ValueError, "'z' differs between the rows"),
+    "subsampled": (lambda: AutoFlow(local_model)(3), ValueError, r"plate 'data', which is subsampled \(3 of 8\)"),
+    "uncovered": (
+        lambda: AutoPlatedFlow(schools, {})(),
+        ValueError,
+        "'theta' is in plate 'schools', for which amortize",
+    ),
+    "unknown": (
+        lambda: AutoPlatedFlow(schools, {"x": 3})(),
+        ValueError,
+        r"amortize names plate 'x', but .* \['schools'\]",
+    ),
+    "nested-part": (lambda: AutoPlatedFlow(levels, {"groups": 2})(), ValueError, "'member' is in plate 'members'"),
+    "rows": (
+        lambda: AutoPlatedFlow(schools, {"schools": torch.ones(3, 2)})(),
+        ValueError,
+        "have 3 rows, but its minibatch has 4",
+    ),
+    "flat": (
+        lambda: AutoPlatedFlow(schools, {"schools": torch.ones(4)})(),
+        ValueError,
+        r"shape \(4,\); expected \[schools, features\]",
+    ),
+    "integers": (
+        lambda: AutoPlatedFlow(schools, {"schools": torch.ones(4, 2, dtype=torch.long)})(),
+        ValueError,
+        "tensor of floats",
+    ),
+    "context": (
+        lambda: later(AutoPlatedFlow(grown, {"data": lambda batch: torch.ones(8, batch)}), (3,), (4,)),
+        ValueError,
+        r"have shape \(8, 4\), but the guide was built for \[data, 3\]",
+    ),
+    "too-large": (lambda: AutoPlatedFlow(grown)(9), ValueError, None),
+    "grown": (
+        lambda: later(
+            AutoPlatedFlow(grown, create_plates=lambda b, n=8: pyro.plate("data", n, subsample_size=b)), (3,), (3, 9)
+        ),
+        ValueError,
+        "plate 'data' has 9 elements, but the guide's embedding was made for 8",
+    ),
+    "source": (
+        lambda: AutoPlatedFlow(schools, {"schools": "y"}),
+        ValueError,
+        r"amortize\['schools'\] must be a number",
+    ),
+    "embedding": (lambda: AutoPlatedFlow(schools, {"schools": 0}), ValueError, "must be a positive number"),
+    "scale": (lambda: AutoFlow(schools, init_scale=0.0), ValueError, "init_scale must be positive"),
+    "noncenter": (lambda: AutoFlow(schools, noncenter="always"), ValueError, '"auto" or False'),
+    "flow": (lambda: AutoFlow(schools, flow="maf")(), ValueError, "flow must be one of"),
+    "no-flow": (lambda: AutoFlow(schools, flow=3), ValueError, "a name or a function"),
+    "base": (lambda: AutoFlow(schools, flow=make_flow, base="mixture"), ValueError, "base= is for flows given by name"),
+    "affine": (lambda: AutoFlow(schools, affine="full")(), ValueError, '"diag", "tril" or None'),
+    "features": (
+        lambda: AutoFlow(schools, flow=import_zuko().flows.NICE(5))(),
+        ValueError,
+        "has 5 features, but the model 6 coordinates",
+    ),
+    "one-flow": (
+        lambda: AutoPlatedFlow(schools, flow=import_zuko().flows.NICE(5)),
+        ValueError,
+        "a flow for each block",
+    ),
+    "quantiles": (lambda: AutoFlow(schools).quantiles([1.5]), ValueError, "between 0 and 1"),
+    "warm-start": (lambda: AutoFlow(schools).warm_start("map"), ValueError, '"normal", "laplace" or a trained guide'),
+    "warm-part": (
+        lambda: AutoFlow(schools).warm_start(AutoNormal(poutine.block(schools, hide=["mu"]))),
+        ValueError,
+        "no site 'mu'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_input_is_refused(case):
+    run, error, message = REFUSALS[case]
+    with pytest.raises(error, match=message):
+        run()
+
+
+def test_a_param_store_of_another_guide_is_refused():
+    AutoFlow(schools)()
+    with pytest.raises(ValueError, match="it is another guide's"):
+        AutoFlow(levels)()
+
+
+def test_a_prior_that_changes_its_family_is_refused():
+    def model(family=dist.Normal):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("z", family(mu.exp(), 1.0))
+
+    guide = AutoFlow(model)
+    guide()
+    with pytest.raises(RuntimeError, match="noncenter=False"):
+        guide(dist.Gamma if False else dist.VonMises)
+
+
+def test_infinite_starts_are_replaced():
+    guide = AutoFlow(schools, init_loc_fn=lambda site: torch.full(site["fn"].shape(), math.inf))
+    assert all(torch.isfinite(value).all() for value in guide().values())
