@@ -21,5 +21,14 @@ def load(name, **imported):
 
 
 HELPERS = {name: load(name) for name in ("datasets", "options", "report")}  # what the models share
-NAMES = ("vae", "sigmoid_belief_network", "gaussian_mixture", "bayesian_regression", "bnn", "lda")
+NAMES = (
+    "vae",
+    "sigmoid_belief_network",
+    "gaussian_mixture",
+    "bayesian_regression",
+    "bnn",
+    "lda",
+    "flow_vae",
+    "two_modes",
+)
 MODELS = {name: load(name, **HELPERS) for name in NAMES}

@@ -7,9 +7,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from tests.model_files import HELPERS, load
+from tests.model_files import HELPERS, MODELS
 
-flow_vae, two_modes = (load(name, **HELPERS) for name in ("flow_vae", "two_modes"))
+flow_vae, two_modes = (MODELS[name] for name in ("flow_vae", "two_modes"))
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 

@@ -19,7 +19,7 @@ from tests import model_files
 from tests.model_files import FOLDER, HELPERS
 
 datasets, bound = HELPERS["datasets"], HELPERS["report"].bound
-vae, sigmoid_belief_network, gaussian_mixture, bayesian_regression, bnn, lda = model_files.MODELS.values()
+vae, sigmoid_belief_network, gaussian_mixture, bayesian_regression, bnn, lda, *flows = model_files.MODELS.values()
 MODELS = {  # what it writes
     vae: ["vae.json", "vae.png"],
     sigmoid_belief_network: ["sigmoid_belief_network.json", "sigmoid_belief_network.png"],
@@ -27,6 +27,7 @@ MODELS = {  # what it writes
     bayesian_regression: ["bayesian_regression.json", "bayesian_regression.png"],
     bnn: ["bnn.json", "bnn.png"],
     lda: ["lda.json", "lda.png"],
+    **{model: [f"{Path(model.__file__).stem}.{kind}" for kind in ("json", "png")] for model in flows},
 }
 
 
