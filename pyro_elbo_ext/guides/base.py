@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,11 +17,11 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from torch import Tensor, nn
 
-from pyro_elbo_ext.guides.blocks import Block, Draw, Slot, Standard, make_slot, summary
+from pyro_elbo_ext.guides.blocks import Block, Draw, Slot, Standard, make_slot, module_key, summary
 from pyro_elbo_ext.guides.distribution import FlowDistribution
 from pyro_elbo_ext.guides.flows import RATE, Affine, Flow, as_flow, make_flow
 from pyro_elbo_ext.guides.noncentering import LocationScale, PriorRun, center, location_scale, whiten
-from pyro_elbo_ext.guides.packing import Packing
+from pyro_elbo_ext.guides.packing import Packing, zero_nonfinite
 from pyro_elbo_ext.guides.structure import Latent, finite, inspect_model, is_identity
 from pyro_elbo_ext.guides.summaries import covariance_triangle, gaussian_draws, many_draws
 from pyro_elbo_ext.guides.summaries import quantiles as _quantiles
@@ -80,7 +81,7 @@ class FlowGuide(AutoGuide):
         self._init_loc_fn, self._init_scale, self._noncenter = init_loc_fn, init_scale, noncenter
         self._blocks: tuple[Block, ...] = ()
         self._packing: Packing | None = None
-        self._registered = False
+        self._registered = self._loaded = False
         self._unloaded: dict[str, Tensor] | None = None
 
     # Structure
@@ -103,9 +104,12 @@ class FlowGuide(AutoGuide):
         if self.master is not None:
             self.master()._check_prototype(structure.trace)
         self._prototype_frames = {f.name: f for latent in structure.latents.values() for f in latent.frames}
+        self._check_rows(structure.given & set(self._prototype_frames), args, kwargs)
         blocks: list[Block] = []
         weights = 0
         for key, plates, latents in self._sort(structure.latents):
+            while key in {block.key for block in blocks}:
+                key += "_"
             uppers = tuple(other.key for other in blocks if set(other.plates) < set(plates))
             seen = {s.name for other in blocks if other.key in uppers for s in other.slots} | {s.name for s in latents}
             slots = []
@@ -117,6 +121,22 @@ class FlowGuide(AutoGuide):
         self._blocks = tuple(blocks)
         self._num_weights = weights
 
+    def _check_rows(self, given: frozenset[str], args: tuple, kwargs: dict) -> None:
+        """Refuse plates whose rows the model is given and the guide would draw for itself."""
+        owner = self if self.master is None else self.master()
+        made: Any = ()
+        if given and owner.create_plates is not None:
+            with poutine.block():
+                made = owner.create_plates(*args, **kwargs)
+        names = {plate.name for plate in ([made] if isinstance(made, pyro.plate) else made)}
+        if given - names:
+            plate = min(given - names)
+            raise ValueError(
+                f"plate '{plate}' is given its rows in the model (subsample=...), but the guide would draw its own, "
+                "and train each row on the data of another. Use AutoPlatedFlow with create_plates=lambda *args: "
+                f"pyro.plate('{plate}', size, subsample=...)."
+            )
+
     @torch.no_grad()
     def build(self, *args: Any, **kwargs: Any) -> None:
         """Make the parameters, from one look at the model with these arguments; random state is left as it was."""
@@ -127,7 +147,7 @@ class FlowGuide(AutoGuide):
             flows = nn.ModuleDict()
             for block in self._blocks:
                 above = sum(other.features for other in self._blocks if other.key in block.uppers)
-                flows[block.key] = self._new_flow(block, above + rows.get(block.key, 0))
+                flows[module_key(block.key)] = self._new_flow(block, above + rows.get(block.key, 0))
         example = self._blocks[0].slots[0].latent.start
         flows = flows.to(example.device, example.dtype)
         if not isinstance(self._make[0], nn.Module):  # a flow that is the user's own keeps its parameters
@@ -190,6 +210,9 @@ class FlowGuide(AutoGuide):
             if full not in store:
                 continue
             stored = store[full].detach()
+            if self._loaded:
+                del store[full]
+                continue
             if stored.shape != parameter.shape or start not in store:
                 raise ValueError(
                     f"the param store holds '{full}' of shape {tuple(stored.shape)}, where this guide's has "
@@ -197,11 +220,18 @@ class FlowGuide(AutoGuide):
                 )
             parameter.data.copy_(stored)
             del store[full]  # to be registered as this guide's own
+        if self._loaded and start in store:
+            del store[start]
+        self._loaded = False
         if start in store:
             for buffer, part in zip(buffers, store[start].detach().split([b.numel() for b in buffers]), strict=True):
                 buffer.copy_(part.reshape(buffer.shape))
         else:  # an optimiser leaves alone what no loss depends on
             pyro.param(start, torch.cat([buffer.reshape(-1) for buffer in buffers]))
+
+    def _supersede(self) -> None:
+        """Let what the guide has now replace what the param store has, at the next run."""
+        self._loaded, self._registered = True, False
 
     # Sampling
 
@@ -220,7 +250,9 @@ class FlowGuide(AutoGuide):
             context = self._context(block, draw, flows, plates, args, kwargs)
             with _inside(block.plates, plates):
                 name = f"_{self._pyro_name}_{block.key}"
-                drawn = pyro.sample(name, FlowDistribution(flows[block.key], context), infer={"is_auxiliary": True})
+                drawn = pyro.sample(
+                    name, FlowDistribution(flows[module_key(block.key)], context), infer={"is_auxiliary": True}
+                )
             self._unpack(block, drawn, draw)
         if draw.pending:
             self._settle(draw, weights, plates, args, kwargs)
@@ -244,14 +276,14 @@ class FlowGuide(AutoGuide):
         """Return what a block's flow is conditioned on, ``[*batch, context]``."""
         parts = []
         for other in self._uppers(block):
-            white = flows[other.key].whiten(draw.blocks[other.key])
-            parts.append(summary(other, draw, white, flows[other.key].standard))
+            white = flows[module_key(other.key)].whiten(draw.blocks[other.key])
+            parts.append(summary(other, draw, white, flows[module_key(other.key)].standard))
         parts += self._rows(block, plates, args, kwargs)
         if not parts:
             return None
         if len(parts) == 1:
             return parts[0]
-        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        shape = _broadcast([part.shape[:-1] for part in parts])
         return torch.cat([part.expand(shape + part.shape[-1:]) for part in parts], -1)
 
     def _unpack(self, block: Block, drawn: Tensor, draw: Draw) -> None:
@@ -273,7 +305,10 @@ class FlowGuide(AutoGuide):
             if name in draw.pending and weights is not None:
                 slot, w = draw.pending.pop(name)
                 prior = _prior(name, fn)
-                u, ladj = center(w, weights[slot.weight], prior)
+                c = weights[slot.weight].expand(w.shape)
+                if c.requires_grad:
+                    c.register_hook(zero_nonfinite)
+                u, ladj = center(w, c, prior)
                 dims = slot.latent.unconstrained_event_dim
                 draw.ladj[name] = sum_rightmost(ladj.expand(u.shape), dims)
                 return draw.settle(slot, u)
@@ -373,13 +408,14 @@ class FlowGuide(AutoGuide):
         white = self._whitened(values, args, kwargs)
         flows = self._unpacked()
         for block in self._blocks:
-            affine: Any = flows[block.key].affine
+            affine: Any = flows[module_key(block.key)].affine
             if affine is None:
                 raise ValueError("a flow without an affine map, affine=None, has nothing to start from a Gaussian")
             rows = torch.cat([white[slot.name] for slot in block.slots], -1)
             affine.restart(rows.mean(0), covariance_triangle(rows))
         if self._packing is not None:
             self.weights.copy_(self._packing.pack())
+        self._supersede()
 
     def _whitened(self, values: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[str, Tensor]:
         """Return what the flows would have drawn for some values, ``[rows, size]`` by site."""
@@ -425,16 +461,35 @@ class FlowGuide(AutoGuide):
                 state[name] = (None,)
         return state
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
+        """Copy all but the model and the flow's maker, which two guides may share."""
+        shared = {name: self.__dict__[name] for name in ("_model", "_make")}
+        state = {name: value for name, value in self.__getstate__().items() if name not in shared}
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(state, memo) | shared)
+        return new
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Keep a state that comes before the parameters are made until they are."""
+        self._supersede()
         if self._blocks:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         else:
             own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
             self._unloaded = {name: value.detach().clone() for name, value in own.items()}
+
+
+def _broadcast(shapes: Sequence[torch.Size]) -> torch.Size:
+    """Return what shapes broadcast to, at a tenth of the time of torch's function, which runs at every step."""
+    joined = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for dim, size in enumerate(reversed(shape), start=1):
+            joined[-dim] = size if size != 1 else joined[-dim]
+    return torch.Size(joined)
 
 
 def _inside(names: Iterable[str], plates: Mapping[str, Any]) -> ExitStack:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_elbo_ext.guides.structure import Latent, finite, is_identity
 
-__all__ = ["Block", "Draw", "Slot", "Standard", "make_slot", "summary"]
+__all__ = ["Block", "Draw", "Slot", "Standard", "make_slot", "module_key", "summary"]
 
 
 class Slot(NamedTuple):
@@ -69,6 +69,11 @@ class Draw:
         self.unconstrained[slot.name] = u
         self.values[slot.name] = u if is_identity(slot.latent.transform) else slot.latent.transform(u)
         return self.values[slot.name]
+
+
+def module_key(key: str) -> str:
+    """Return what a block's module is called, which no plate's name can make an attribute of a dictionary's."""
+    return f"block_{key}"
 
 
 def make_slot(latent: Latent, inside: bool, weight: int | None) -> Slot:

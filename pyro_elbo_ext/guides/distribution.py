@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_elbo_ext.guides.flows import Flow, as_flow
+from pyro_elbo_ext.guides.zuko import bisects
 
 __all__ = ["FlowDistribution"]
 
@@ -83,11 +84,20 @@ class FlowDistribution(TorchDistribution):
     def _features(self, context: Tensor | None) -> int:
         row = None if context is None else context.detach().reshape(-1, context.shape[-1])[0]
         try:
-            return self.flow.base.lazy(row).event_shape[0]  # type: ignore[operator]
+            features = self.flow.base.lazy(row).event_shape[0]  # type: ignore[operator]
+            forward: Any = self.flow.transform.inv
+            slow = bisects(forward, row, features)
         except RuntimeError as error:
             raise ValueError(
                 f"the flow does not take a context of {0 if row is None else len(row)} features"
             ) from error
+
+        if slow:
+            raise ValueError(
+                "this zuko flow draws by bisection, so that its draws are not exactly of its density, which no bound "
+                "stands. Use one with an inverse in closed form: NSF, MAF, NICE; or make_flow."
+            )
+        return features
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
         """Return the same distribution with another batch shape, which the context's broadcasts to."""
@@ -107,12 +117,15 @@ class FlowDistribution(TorchDistribution):
         return x
 
     def _push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._run(self.flow.push, noise)
+        return x, self.flow.base.log_prob(noise, self.context) - ladj  # type: ignore[operator]
+
+    def _run(self, direction: Callable, value: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            x, ladj = self.flow.push(noise, self.context)
+            return direction(value, self.context)
         except RuntimeError as error:
             size = 0 if self.context is None else self.context.shape[-1]
             raise ValueError(f"the flow could not be run with a context of {size} features: {error}") from error
-        return x, self.flow.base.log_prob(noise, self.context) - ladj  # type: ignore[operator]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats."""
@@ -120,7 +133,7 @@ class FlowDistribution(TorchDistribution):
             return self._drawn.log_prob
         if self._validate_args:
             self._validate_sample(value)
-        noise, ladj = self.flow.pull(value, self.context)
+        noise, ladj = self._run(self.flow.pull, value)
         return self.flow.base.log_prob(noise, self.context) + ladj  # type: ignore[operator]
 
     def noise_of(self, value: Tensor) -> Tensor | None:
@@ -148,6 +161,8 @@ class FlowDistribution(TorchDistribution):
         """
         noise = noise.detach()
         x, log_prob = self._push(noise)
-        if not torch.is_grad_enabled():
-            return log_prob
-        return log_prob + ((value - x) * self.flow.score(noise, self.context)).sum(-1)
+        lost = torch.isfinite(x.detach().sum(-1) + log_prob.detach()).logical_not()  # as when it was drawn
+        if torch.is_grad_enabled():
+            score = self.flow.score(noise, self.context).masked_fill(lost.unsqueeze(-1), 0.0)
+            log_prob = log_prob + ((value - x) * score).sum(-1)
+        return log_prob.masked_fill(lost, math.inf)

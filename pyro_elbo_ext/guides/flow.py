@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyro_elbo_ext.guides.base import FlowGuide
+from pyro_elbo_ext.guides.blocks import module_key
 from pyro_elbo_ext.guides.distribution import FlowDistribution
 from pyro_elbo_ext.guides.structure import Latent
 from pyro_elbo_ext.sites import plate_factor
@@ -57,7 +58,7 @@ class AutoFlow(FlowGuide):
         return [("latent", (), list(latents.values()))]
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
-        """Return the distribution of the vector w, of all sites' coordinates in the model's order."""
+        """Return the distribution of the vector w, of all sites' coordinates in the model's order, as it is now."""
         if not self._blocks:
             self.build(*args, **kwargs)
-        return FlowDistribution(self._unpacked()["latent"])
+        return FlowDistribution(self._unpacked()[module_key("latent")])

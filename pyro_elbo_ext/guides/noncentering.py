@@ -86,6 +86,7 @@ def whiten(u: Tensor, c: Tensor, prior: LocationScale) -> Tensor:
 
 
 def _matrix(c: Tensor, scale: Tensor) -> Tensor:
+    c = c.unsqueeze(-1) if c.dim() else c
     return (1 - c) * scale + c * torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_elbo_ext.guides.zuko import take_mask
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "zero_nonfinite"]
 
 
 class Packing:
@@ -45,10 +45,10 @@ class Packing:
         """Set the module's tensors to views of a vector, through which gradients flow back to it, where finite."""
         masked = vector * mask
         if masked.requires_grad:
-            masked.register_hook(_zero_nonfinite)
+            masked.register_hook(zero_nonfinite)
         parts = masked.split(self._sizes)
         for (module, name), part, shape in zip(self._places, parts, self._shapes, strict=True):
-            module.__dict__[name] = part.view(shape)
+            module.__dict__[name] = part if len(shape) == 1 else part.view(shape)
 
     def pack(self) -> Tensor:
         """Return the vector of the module's tensors as they are now."""
@@ -60,6 +60,6 @@ class Packing:
             module.__dict__[name] = module.__dict__[name].detach()
 
 
-def _zero_nonfinite(slope: Tensor) -> Tensor:
-    """A draw that overflows on the way makes the slope of all that it met not a number: step nothing by that."""
-    return torch.where(torch.isfinite(slope), slope, 0.0)
+def zero_nonfinite(slope: Tensor) -> Tensor:
+    """A draw that overflows on the way makes the slope of what it met not a number: step nothing by that."""
+    return slope.nan_to_num(0.0, 0.0, 0.0)

@@ -41,9 +41,10 @@ class AutoPlatedFlow(FlowGuide):
         model: a Pyro model whose latent sites are continuous.
         amortize: by plate, or by a tuple of plates, what tells its elements apart: an integer for a learned embedding
             of that size; a tensor of features ``[N, features]``, or ``[N_1, N_2, features]`` for a tuple; or a function
-            of the model's arguments, a module say, that returns such rows of all elements or of the minibatch in its
-            order. Every plate with latent sites needs some. None for a learned embedding of size 8 for each block.
-            Features are standardised by the rows met first.
+            of the model's arguments, a module say, that returns such rows of all elements, or of the minibatch in its
+            order, for which its first minibatch must be smaller than the plate. Every plate with latent sites needs
+            some. None for a learned embedding of size 8 for each block. Features are standardised by the rows met
+            first.
         create_plates: as in Pyro's AutoGuides: returns the subsampled plates of a minibatch.
         flow: ``"iaf"``, ``"coupling"``, ``"spline"``, or a function of (features, context), called once a block.
         **kwargs: ``base``, ``affine``, ``affine_rate``, ``init_loc_fn``, ``init_scale``, ``noncenter``, as in
@@ -101,7 +102,7 @@ class AutoPlatedFlow(FlowGuide):
                 rows[key] = _Embedding(dims, [plates[name].size for name in key], source)
             else:
                 rows[key] = _Features(dims, source, args, kwargs)
-        self._keys = {"_".join(key).replace(".", "_"): key for key in rows}
+        self._keys = {f"rows_{i}": key for i, key in enumerate(rows)}
         modules = nn.ModuleDict(dict(zip(self._keys, rows.values(), strict=True)))
         self.add_module("rows", modules.to(example.device, example.dtype))
         self._check_covered(blocks)
@@ -170,6 +171,7 @@ class _Features(nn.Module):
     def __init__(self, dims: Mapping[str, int], source: Any, args: tuple, kwargs: dict) -> None:
         super().__init__()
         self.dims = dims
+        self.by_batch: set[str] = set()  # plates of which a function was seen to return the minibatch's rows
         if isinstance(source, Tensor):
             self.register_buffer("table", source.detach(), persistent=False)
         else:
@@ -185,7 +187,8 @@ class _Features(nn.Module):
         flat = rows.detach().reshape(-1, self.size)
         deviation = flat.std(0, unbiased=False)
         self.register_buffer("mean", flat.mean(0))
-        self.register_buffer("deviation", torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        varies = deviation > 1e-6 * flat.abs().amax(0)
+        self.register_buffer("deviation", torch.where(varies, deviation, torch.ones_like(deviation)))
 
     def _given(self, args: tuple, kwargs: dict) -> Tensor:
         source = self.source if self.source is not None else self._function[0]
@@ -198,7 +201,7 @@ class _Features(nn.Module):
 
     def forward(self, plates: Mapping[str, Any], args: tuple, kwargs: dict) -> Tensor:
         """Return ``[*batch, size]``."""
-        rows = self._given(args, kwargs)
+        rows = self._given(args, kwargs).to(self.mean.dtype)
         if rows.dim() != len(self.dims) + 1 or rows.shape[-1] != self.size:
             raise ValueError(
                 f"the features of {_name(self.dims)} have shape {tuple(rows.shape)}, but the guide was built for "
@@ -210,8 +213,10 @@ class _Features(nn.Module):
             if given not in (plate.subsample_size, plate.size):
                 raise ValueError(
                     f"the features of plate '{name}' have {given} rows, but its minibatch has {plate.subsample_size} "
-                    f"elements of {plate.size}"
+                    f"elements of {plate.size}: give the guide the model's minibatch by create_plates"
                 )
-            own = plate.indices if given == plate.size else torch.arange(given)
+            if given != plate.size:
+                self.by_batch.add(name)  # and so for a full batch in another order
+            own = torch.arange(given) if name in self.by_batch else plate.indices
             indices.append(_along(own.to(rows.device), dim))
         return (rows[tuple(indices)] - self.mean) / self.deviation

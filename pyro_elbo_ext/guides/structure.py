@@ -22,6 +22,9 @@ from pyro_elbo_ext.sites import base_name, plate_factor
 __all__ = ["Latent", "Structure", "inspect_model", "is_identity", "finite"]
 
 
+RUNS = 5  # at the same values; a hidden coin comes up the same in all of them once in sixteen
+
+
 class Latent(NamedTuple):
     """A latent site.
 
@@ -61,10 +64,11 @@ class Latent(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """A model's latent sites in its own order, and the trace that they were read from."""
+    """A model's latent sites in its own order, the trace that they were read from, and plates given their rows."""
 
     latents: dict[str, Latent]
     trace: Any
+    given: frozenset[str]
 
 
 class _Tag(Messenger):
@@ -75,16 +79,37 @@ class _Tag(Messenger):
         self.values = values
         self.parents: dict[str, frozenset[str]] = {}
         self.support: dict[str, frozenset[str]] = {}
+        self.given: set[str] = set()  # plates whose rows the model is given
+        self.priors: dict[str, list[Tensor]] = {}
+        self.indices: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if msg["value"] is not None:
+                self.given.add(msg["name"])
+            elif msg["name"] in self.indices:
+                msg["value"], msg["done"] = self.indices[msg["name"]], True
+            return
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
         prior = location_scale(msg["fn"])
-        self.parents[msg["name"]] = get_provenance(list(prior[:2])) if prior else frozenset()
+        self._note(msg["name"], prior)
         self.support[msg["name"]] = get_provenance(_constants(msg["fn"].support))
         msg["value"] = ProvenanceTensor(value, frozenset({msg["name"]}))
         msg["done"] = True
+
+    def _note(self, name: str, prior: LocationScale | None) -> None:
+        """Note what a prior depends on: nothing that can be used if it differs between runs at the same values."""
+        found = get_provenance(list(prior[:2])) if prior else frozenset()
+        moments = [detach_provenance(part) for part in prior[:2]] if prior else []
+        before = self.priors.setdefault(name, moments)
+        changed = len(before) != len(moments) or not all(map(torch.equal, before, moments))
+        self.parents[name] = frozenset() if changed else self.parents.get(name, found) & found
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.indices[msg["name"]] = msg["value"]
 
 
 def _constants(constraint: Any) -> list[Tensor]:
@@ -103,7 +128,10 @@ def _constants(constraint: Any) -> list[Tensor]:
 
 
 def inspect_model(model: Callable, init_loc_fn: Callable, args: tuple, kwargs: dict) -> Structure:
-    """Run a model twice, hidden from all handlers outside, and return its latent sites.
+    """Run a model a few times, hidden from all handlers outside, and return its latent sites.
+
+    A prior that differs between runs at the same values depends on something that the guide does not hold, such as a
+    site left to another guide or to enumeration.
 
     Args:
         model: a Pyro model.
@@ -124,9 +152,10 @@ def inspect_model(model: Callable, init_loc_fn: Callable, args: tuple, kwargs: d
         _check_continuous(name, site)
     values = {name: detach_provenance(site["value"]) for name, site in sites.items()}
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False), _Tag(values) as tags:
-        model(*args, **kwargs)
+        for _ in range(RUNS):
+            model(*args, **kwargs)
     latents = {name: _latent(site, tags) for name, site in sites.items()}
-    return Structure(latents, trace)
+    return Structure(latents, trace, frozenset(tags.given))
 
 
 def _is_no_latent(msg: Any) -> bool:

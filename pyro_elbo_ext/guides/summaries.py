@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from torch import Tensor
 
@@ -53,15 +53,28 @@ def gaussian_draws(
         return many_draws(source, guide._nesting, num_samples, args, kwargs)
     if source not in ("normal", "laplace"):
         raise ValueError(f'warm_start takes "normal", "laplace" or a trained guide, got {source!r}')
-    with pyro.get_param_store().scope(), poutine.block(), torch.enable_grad():
+    store = pyro.get_param_store()
+    mine = {name for name in store if name.startswith(("AutoNormal.", "AutoLaplaceApproximation."))}
+    found: Any = store.get_state()
+    state: Any = {part: {k: v for k, v in values.items() if k not in mine} for part, values in found.items()}
+    with store.scope(state), poutine.block(), torch.enable_grad():
         if source == "normal":
             other: Any = AutoNormal(guide.model, create_plates=guide.create_plates)
         else:
             other = AutoLaplaceApproximation(guide.model)
-        optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / max(num_steps, 1))})
-        svi = SVI(guide.model, other, optim, Trace_ELBO())
+        other(*args, **kwargs)
+        optim = torch.optim.Adam(other.parameters(), lr=0.05)  # of the guide alone: the model stays as it is
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.01 ** (1 / max(num_steps, 1)))
         for _ in range(num_steps):
-            svi.step(*args, **kwargs)
+            loss = Trace_ELBO().differentiable_loss(guide.model, other, *args, **kwargs)
+            for parameter, slope in zip(other.parameters(), _slopes(loss, other), strict=True):
+                parameter.grad = slope
+            optim.step()
+            schedule.step()
         if source == "laplace":
             other = other.laplace_approximation(*args, **kwargs)
         return many_draws(other, guide._nesting, num_samples, args, kwargs)
+
+
+def _slopes(loss: Tensor, guide: torch.nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, list(guide.parameters()), materialize_grads=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-__all__ = ["FLOWS", "import_zuko", "is_zuko_flow", "lazy_transform", "near_identity", "steps", "take_mask"]
+__all__ = ["FLOWS", "bisects", "import_zuko", "is_zuko_flow", "lazy_transform", "near_identity", "steps", "take_mask"]
 
 FLOWS = ("iaf", "coupling", "spline")
 
@@ -126,11 +126,24 @@ class _Coupled:
     def __init__(self, layer: Any, given: Tensor) -> None:
         self.layer = layer
         self.transform = layer.meta(layer.split(given)[0])
+        self.base = getattr(self.transform, "base", None)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = self.layer.split(x)
         y, ladj = self.transform.call_and_ladj(moved)
         return self.layer.merge(kept, y, x.shape), ladj
+
+
+def bisects(lazy: nn.Module, context: Tensor | None, features: int) -> bool:
+    """Tell whether a zuko flow samples by bisection, whose density is not that of what it draws where it stops."""
+    zuko = import_zuko()
+    example = next(lazy.parameters())
+    transform = lazy(context)
+    parts = transform.transforms if isinstance(transform, zuko.transforms.ComposedTransform) else [transform]
+    layers = [layer for part in parts for layer in steps(part) or ()]
+    point = torch.zeros(features, dtype=example.dtype, device=example.device)
+    kinds = [getattr(meta(point), "base", None) for meta, _ in layers]
+    return any(isinstance(kind, zuko.transforms.MonotonicTransform) for kind in kinds)
 
 
 def take_mask(module: nn.Module) -> Tensor | None:

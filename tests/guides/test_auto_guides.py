@@ -81,7 +81,7 @@ def test_the_density_is_that_of_the_whole_map_from_noise(make, model):
             return lambda shape, context=None: parts[key].reshape(noise[key].shape)
 
         for key in blocks:
-            guide.flows[key].base.rsample = rsample(key)
+            guide.flows[f"block_{key}"].base.rsample = rsample(key)
         found = poutine.trace(guide).get_trace()
         values = [biject_to(_free(site)).inv(found.nodes[site.name]["value"]) for site in sites]
         return torch.cat([value.reshape(-1) for value in values]), found
@@ -214,6 +214,32 @@ def test_sites_are_non_centred_where_their_prior_depends_on_latent_sites():
 
 
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+def test_a_particle_that_fails_below_does_not_reach_the_centring_weights(make):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, slope):
+            return torch.where(ctx.saved_tensors[0] > 1.0, math.nan, slope)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(Fails.apply(pyro.sample("z", dist.Normal(mu, mu.exp()))), 1.0), obs=Y[:3])
+
+    guide = make(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(8, vectorize_particles=True, max_plate_nesting=1))
+    for _ in range(10):
+        svi.step()
+    assert guide.num_dropped > 0
+    assert all(torch.isfinite(parameter).all() for parameter in guide.parameters())
+    assert float(guide.centering.detach().abs()) > 0
+
+
+@pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_a_prior_is_fitted_exactly(make):
     """The funnel of a hierarchy without data: non-centred, a Gaussian is exact; centred it is 1 nat away."""
 
@@ -299,7 +325,7 @@ def _frozen(guide, noise):
     """The guide with row i's noise given, whichever minibatch it comes in."""
 
     def run(batch):
-        flow = guide.flows["data"]
+        flow = guide.flows["block_data"]
 
         def rsample(shape, context=None):
             return noise[guide.plates["data"].indices]
@@ -521,6 +547,50 @@ def test_a_guide_is_copied_and_pickled(make, how):
     assert log_weight(schools, guide)[0] == found[0]
 
 
+def test_a_loaded_state_goes_before_the_param_store():
+    guide = perturb_built(AutoPlatedFlow(schools))
+    guide()
+    state = copy.deepcopy(guide.state_dict())
+    perturb(guide)
+    for restored in (AutoPlatedFlow(schools), guide):
+        restored.load_state_dict(state)
+        restored()
+        assert torch.equal(restored.weights, state["weights"])
+        assert torch.equal(pyro.param("AutoPlatedFlow.weights"), state["weights"])
+
+
+def test_a_warm_start_reaches_the_param_store():
+    guide = AutoFlow(schools)
+    guide()
+    guide.warm_start("normal", num_steps=20)
+    pyro.set_rng_seed(3)
+    before = guide()["theta"]
+    state = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    fresh = AutoFlow(schools)
+    fresh.build()
+    pyro.set_rng_seed(3)
+    assert torch.equal(fresh()["theta"], before)
+
+
+def test_a_warm_start_leaves_the_model_alone():
+    module = pyro.nn.PyroModule[torch.nn.Linear](1, 1)
+
+    def model():
+        pyro.module("m", module)
+        scale = pyro.param("scale", lambda: torch.tensor(0.3))
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(module(z.reshape(-1, 1)).sum() * scale, 1.0), obs=torch.tensor(3.0))
+
+    Trace_ELBO().loss(model, AutoDelta(poutine.block(model, expose=["z"])))
+    before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    for source in ("normal", "laplace"):
+        AutoFlow(model).warm_start(source, num_steps=20, num_samples=1)
+    assert {name for name in pyro.get_param_store()} == set(before)
+    assert all(torch.equal(pyro.param(name), value) for name, value in before.items())
+
+
 def test_a_guide_whose_model_does_not_pickle_asks_for_it():
     def local():
         schools()
@@ -532,6 +602,7 @@ def test_a_guide_whose_model_does_not_pickle_asks_for_it():
         other()
     other.model = local
     other()
+    copy.deepcopy(guide)()  # a copy shares the model
 
 
 def test_building_leaves_random_state_alone():
@@ -543,7 +614,7 @@ def test_building_leaves_random_state_alone():
 
 def test_names_are_stable():
     AutoPlatedFlow(schools)()
-    names = ("start", "weights", "centering", "rows$$$schools.table")
+    names = ("start", "weights", "centering", "rows$$$rows_0.table")
     assert set(pyro.get_param_store()) == {f"AutoPlatedFlow.{name}" for name in names}
 
 
@@ -607,6 +678,25 @@ def test_it_is_a_part_of_a_guide_list():
     guide.append(AutoFlow(poutine.block(schools, hide=["mu"])))
     Trace_ELBO().loss_and_grads(schools, guide)
     assert set(guide.median()) == {"mu", "tau", "theta"}
+
+
+def test_a_prior_given_what_another_guide_holds_is_left_centred():
+    guide = AutoGuideList(schools)
+    guide.append(AutoNormal(poutine.block(schools, expose=["tau"])))
+    guide.append(AutoFlow(poutine.block(schools, hide=["tau"])))
+    guide()
+    assert guide[1].centering_weights == {}
+    assert "theta" in guide[1]()
+
+
+@pytest.mark.parametrize("name", ["items", "keys", "type", "global", "a.b"])
+def test_plates_may_be_called_anything(name):
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate(name, 3):
+            pyro.sample("z", dist.Normal(mu, 1.0))
+
+    assert AutoPlatedFlow(model)()["z"].shape == (3,)
 
 
 def test_discrete_sites_are_left_to_enumeration():
@@ -681,6 +771,11 @@ def by_row(batch):
         pyro.sample("z", dist.Uniform(0.0, 1.0 + torch.arange(float(NUM_DATA))[i]))
 
 
+def chosen(rows):
+    with pyro.plate("data", NUM_DATA, subsample=rows):
+        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+
 def later(guide, *calls):
     for args in calls:
         guide(*args)
@@ -730,6 +825,12 @@ REFUSALS = {
         ValueError,
         r"have shape \(8, 4\), but the guide was built for \[data, 3\]",
     ),
+    "chosen": (
+        lambda: AutoPlatedFlow(chosen)(torch.tensor([1, 4])),
+        ValueError,
+        "'data' is given its rows in the model",
+    ),
+    "bisection": (lambda: AutoFlow(schools, flow=import_zuko().flows.GF)(), ValueError, "draws by bisection"),
     "too-large": (lambda: AutoPlatedFlow(grown)(9), ValueError, None),
     "grown": (
         lambda: later(
