@@ -29,6 +29,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/elbo_step.py
 	$(BIN)/python benchmarks/score_function.py
 	$(BIN)/python benchmarks/natural_gradient.py
+	$(BIN)/python benchmarks/flow_guides.py
 
 notebooks: .venv/ready
 	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet"
