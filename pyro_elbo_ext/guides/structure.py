@@ -19,7 +19,7 @@ from torch.distributions import Transform, biject_to
 from pyro_elbo_ext.guides.noncentering import LocationScale, location_scale
 from pyro_elbo_ext.sites import base_name, plate_factor
 
-__all__ = ["Latent", "Structure", "inspect_model", "is_identity", "finite"]
+__all__ = ["Latent", "Structure", "check_rows", "inspect_model", "is_identity", "finite"]
 
 
 RUNS = 5  # at the same values; a hidden coin comes up the same in all of them once in sixteen
@@ -197,6 +197,32 @@ def _latent(site: Any, tags: _Tag) -> Latent:
     start = finite(start)
     parents = tags.parents.get(name, frozenset())
     return Latent(name, transform, fn.event_dim, start, frames, parents, location_scale(fn) if parents else None)
+
+
+def check_rows(given: frozenset[str], create_plates: Callable | None, args: tuple, kwargs: dict) -> None:
+    """Refuse plates whose rows the model is given and a guide would draw for itself.
+
+    Args:
+        given: names of plates with latent sites whose rows the model is given.
+        create_plates: the guide's.
+        args: the model's positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: the guide is given no such plate; it is named.
+    """
+    made: Any = ()
+    if given and create_plates is not None:
+        with poutine.block():
+            made = create_plates(*args, **kwargs)
+    names = {plate.name for plate in ([made] if isinstance(made, pyro.plate) else made)}
+    if given - names:
+        plate = min(given - names)
+        raise ValueError(
+            f"plate '{plate}' is given its rows in the model (subsample=...), but the guide would draw its own, "
+            "and train each row on the data of another. Use AutoPlatedFlow with create_plates=lambda *args: "
+            f"pyro.plate('{plate}', size, subsample=...)."
+        )
 
 
 def is_identity(transform: Transform) -> bool:
