@@ -23,6 +23,8 @@ from pyro_elbo_ext import (
     MIWAE_ELBO,
     PIWAE_ELBO,
     VRIWAE_ELBO,
+    AutoFlow,
+    AutoPlatedFlow,
     ImportanceWeighted_ELBO,
     MeanField_ELBO,
     Price_ELBO,
@@ -106,6 +108,8 @@ AUTO_GUIDES = {
         AutoNormal,
         AutoNormalMessenger,
         AutoStructured,
+        AutoFlow,
+        AutoPlatedFlow,
     )
 }
 
