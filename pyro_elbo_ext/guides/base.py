@@ -110,7 +110,7 @@ class FlowGuide(SavedGuide):
             self.master()._check_prototype(structure.trace)
         self._prototype_frames = {f.name: f for latent in structure.latents.values() for f in latent.frames}
         owner = self if self.master is None else self.master()
-        check_rows(structure.given & set(self._prototype_frames), owner.create_plates, args, kwargs)
+        check_rows(structure, owner.create_plates, args, kwargs)
         blocks: list[Block] = []
         weights = 0
         for key, plates, latents in self._sort(structure.latents):
@@ -181,7 +181,7 @@ class FlowGuide(SavedGuide):
         """Draw every latent site, and return the values by name."""
         if not self._blocks:
             self.build(*args, **kwargs)
-        if not self._registered:
+        if not self._is_registered():
             self._register()
         plates = self._create_plates(*args, **kwargs)
         draw = Draw()
@@ -256,18 +256,19 @@ class FlowGuide(SavedGuide):
                 return draw.settle(slot, u)
             return draw.values.get(name)
 
-        self._run_priors(set(draw.pending), value, plates, args, kwargs)
+        indices = {name: plate.indices for name, plate in plates.items()}
+        self._run_priors(set(draw.pending), value, indices, args, kwargs)
 
     def _run_priors(
-        self, wanted: set[str], value: Callable, plates: Mapping[str, Any], args: tuple, kwargs: dict
+        self, wanted: set[str], value: Callable, indices: Mapping[str, Tensor], args: tuple, kwargs: dict
     ) -> None:
         if self.model is None:
             raise RuntimeError(
                 f"this {type(self).__name__} was restored without its model, which could not be pickled, and needs it "
                 "to know the priors that it works with: set guide.model = model."
             )
-        indices = {name: plate.indices for name, plate in plates.items() if plate.subsample_size < plate.size}
-        PriorRun(wanted, value, indices).run(self.model, args, kwargs)
+        with pyro.validation_enabled(False):  # a draw that overflows is for the loss to drop or to refuse
+            PriorRun(wanted, value, indices).run(self.model, args, kwargs)
 
     def _emit(self, draw: Draw, plates: Mapping[str, Any]) -> dict[str, Tensor]:
         """Make the model's sites, each a point mass whose weight is the Jacobian of what was done to the draw."""
@@ -347,7 +348,8 @@ class FlowGuide(SavedGuide):
         missing = sorted(name for name, value in values.items() if value is None)
         if missing:
             raise ValueError(f"the guide to start from has no site '{missing[0]}'")
-        white = self._whitened(values, args, kwargs)
+        indices = {name: draws[name] for name in self._prototype_frames if name in draws}
+        white = self._whitened(values, indices, args, kwargs)
         flows = self._unpacked()
         for block in self._blocks:
             affine: Any = flows[module_key(block.key)].affine
@@ -359,7 +361,9 @@ class FlowGuide(SavedGuide):
             self.weights.copy_(self._packing.pack())
         self._supersede()
 
-    def _whitened(self, values: Mapping[str, Any], args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    def _whitened(
+        self, values: Mapping[str, Any], indices: Mapping[str, Tensor], args: tuple, kwargs: dict
+    ) -> dict[str, Tensor]:
         """Return what the flows would have drawn for some values, ``[rows, size]`` by site."""
         slots = {slot.name: slot for block in self._blocks for slot in block.slots}
         unconstrained = {name: slot.latent.transform.inv(values[name]) for name, slot in slots.items()}
@@ -373,7 +377,7 @@ class FlowGuide(SavedGuide):
 
         wanted = {name for name, slot in slots.items() if slot.weight is not None}
         if wanted:
-            self._run_priors(wanted, value, self._create_plates(*args, **kwargs), args, kwargs)
+            self._run_priors(wanted, value, indices, args, kwargs)
         return {name: unconstrained[name].reshape(-1, slot.size) for name, slot in slots.items()}
 
 

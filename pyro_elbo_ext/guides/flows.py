@@ -262,7 +262,8 @@ def make_flow(
         hidden_features: widths of the networks' hidden layers.
         activation: of the networks; one with a kink gives densities with kinks, and worse fits.
         bins: of splines.
-        scale_bound: largest log-scale of an affine layer; 6.9, for coupling 2.
+        scale_bound: largest log-scale of an affine layer; 6.9, for coupling 2. A lower one tames the tails of flows
+            trained for a short time, and holds back those that need them, as a funnel's does.
         base: ``"normal"``, ``"studentt"``, ``"mixture"``, or a module of ``guides.bases``.
         affine: ``"diag"`` or ``"tril"`` for an outer affine map with that scale, or None.
         loc: its first location.

@@ -72,6 +72,8 @@ class AutoPlatedFlow(FlowGuide):
         for key, source in sources.items():
             if isinstance(source, bool) or not (callable(source) or isinstance(source, (int, Tensor))):
                 raise ValueError(f"amortize[{_name(key)}] must be a number, a tensor or a function, got {source!r}")
+            if isinstance(source, Tensor) and source.requires_grad:
+                raise ValueError(f"amortize[{_name(key)}] is a tensor that learns: give a function that returns it")
             if isinstance(source, int) and source < 1:
                 raise ValueError(f"amortize[{_name(key)}] must be a positive number of features, got {source}")
         self._sources: tuple = (None if amortize is None else sources,)  # modules among them are registered when built

@@ -41,6 +41,18 @@ class SavedGuide(AutoGuide):
     def _built(self) -> bool:
         return "flows" in self._modules
 
+    def _is_registered(self) -> bool:
+        """Tell whether the param store still has what the guide has: it may be cleared or loaded at any time."""
+        if not self._registered or pyro.settings.get("module_local_params"):
+            return self._registered
+        name, parameter = next(self.named_parameters())
+        store = pyro.get_param_store()
+        return store._params.get(self._store_name(name)) is parameter and self._pyro_get_fullname("start") in store
+
+    def _store_name(self, name: str) -> str:
+        head, _, tail = name.partition(".")
+        return self._pyro_get_fullname(head) + (f"$$${tail}" if tail else "")
+
     def _register(self) -> None:
         """Make the parameters known to Pyro's param store, or take over what it has been loaded with."""
         self._registered = True
@@ -53,21 +65,7 @@ class SavedGuide(AutoGuide):
         ]  # which registers nothing
         buffers = [b for module in modules if module for b in module.buffers() if b.is_floating_point()]
         for name, parameter in self.named_parameters():
-            head, _, tail = name.partition(".")
-            full = self._pyro_get_fullname(head) + (f"$$${tail}" if tail else "")
-            if full not in store:
-                continue
-            stored = store[full].detach()
-            if self._loaded:
-                del store[full]
-                continue
-            if stored.shape != parameter.shape or start not in store:
-                raise ValueError(
-                    f"the param store holds '{full}' of shape {tuple(stored.shape)}, where this guide's has "
-                    f"{tuple(parameter.shape)}: it is another guide's. Call pyro.clear_param_store() first."
-                )
-            parameter.data.copy_(stored)
-            del store[full]  # to be registered as this guide's own
+            self._claim(self._store_name(name), parameter, start in store)
         if self._loaded and start in store:
             del store[start]
         self._loaded = False
@@ -76,6 +74,21 @@ class SavedGuide(AutoGuide):
                 buffer.copy_(part.reshape(buffer.shape))
         else:  # an optimiser leaves alone what no loss depends on
             pyro.param(start, torch.cat([buffer.reshape(-1) for buffer in buffers]))
+
+    def _claim(self, full: str, parameter: Tensor, is_ours: bool) -> None:
+        """Take a parameter's value from the store, unless this guide's goes first, and leave its name free for it."""
+        store = pyro.get_param_store()
+        if full not in store or store._params[full] is parameter:
+            return
+        if not self._loaded:
+            stored = store[full].detach()
+            if stored.shape != parameter.shape or not is_ours:
+                raise ValueError(
+                    f"the param store holds '{full}' of shape {tuple(stored.shape)}, where this guide's has "
+                    f"{tuple(parameter.shape)}: it is another guide's. Call pyro.clear_param_store() first."
+                )
+            parameter.data.copy_(stored)
+        del store[full]
 
     def _supersede(self) -> None:
         """Let what the guide has now replace what the param store has, at the next run."""

@@ -64,11 +64,19 @@ class Latent(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """A model's latent sites in its own order, the trace that they were read from, and plates given their rows."""
+    """What :func:`inspect_model` finds.
+
+    Attributes:
+        latents: the latent sites by name, in the model's order.
+        trace: that they were read from.
+        given: plates with latent sites whose rows the model is given.
+        hidden: subsampled plates with latent sites whose rows cannot be seen.
+    """
 
     latents: dict[str, Latent]
     trace: Any
     given: frozenset[str]
+    hidden: frozenset[str]
 
 
 class _Tag(Messenger):
@@ -87,6 +95,7 @@ class _Tag(Messenger):
         if site_is_subsample(msg):
             if msg["value"] is not None:
                 self.given.add(msg["name"])
+                self.indices[msg["name"]] = msg["value"]
             elif msg["name"] in self.indices:
                 msg["value"], msg["done"] = self.indices[msg["name"]], True
             return
@@ -155,7 +164,9 @@ def inspect_model(model: Callable, init_loc_fn: Callable, args: tuple, kwargs: d
         for _ in range(RUNS):
             model(*args, **kwargs)
     latents = {name: _latent(site, tags) for name, site in sites.items()}
-    return Structure(latents, trace, frozenset(tags.given))
+    frames = {frame.name: frame for latent in latents.values() for frame in latent.frames}
+    hidden = {name for name, frame in frames.items() if plate_factor(frame) != 1 and name not in tags.indices}
+    return Structure(latents, trace, frozenset(tags.given & set(frames)), frozenset(hidden))
 
 
 def _is_no_latent(msg: Any) -> bool:
@@ -199,11 +210,11 @@ def _latent(site: Any, tags: _Tag) -> Latent:
     return Latent(name, transform, fn.event_dim, start, frames, parents, location_scale(fn) if parents else None)
 
 
-def check_rows(given: frozenset[str], create_plates: Callable | None, args: tuple, kwargs: dict) -> None:
-    """Refuse plates whose rows the model is given and a guide would draw for itself.
+def check_rows(structure: Structure, create_plates: Callable | None, args: tuple, kwargs: dict) -> None:
+    """Refuse plates whose rows a guide would draw for itself, though the model has others.
 
     Args:
-        given: names of plates with latent sites whose rows the model is given.
+        structure: of the model.
         create_plates: the guide's.
         args: the model's positional arguments.
         kwargs: its keyword arguments.
@@ -212,7 +223,8 @@ def check_rows(given: frozenset[str], create_plates: Callable | None, args: tupl
         ValueError: the guide is given no such plate; it is named.
     """
     made: Any = ()
-    if given and create_plates is not None:
+    given, hidden = structure.given, structure.hidden
+    if (given or hidden) and create_plates is not None:
         with poutine.block():
             made = create_plates(*args, **kwargs)
     names = {plate.name for plate in ([made] if isinstance(made, pyro.plate) else made)}
@@ -222,6 +234,12 @@ def check_rows(given: frozenset[str], create_plates: Callable | None, args: tupl
             f"plate '{plate}' is given its rows in the model (subsample=...), but the guide would draw its own, "
             "and train each row on the data of another. Use AutoPlatedFlow with create_plates=lambda *args: "
             f"pyro.plate('{plate}', size, subsample=...)."
+        )
+    if hidden - names:
+        plate = min(hidden - names)
+        raise ValueError(
+            f"plate '{plate}' is subsampled and hidden from the guide, which cannot know its rows. Add '{plate}' to "
+            "poutine.block's expose=, use hide= instead, or return the plate by create_plates."
         )
 
 

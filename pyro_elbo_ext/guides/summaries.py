@@ -17,7 +17,7 @@ __all__ = ["covariance_triangle", "gaussian_draws", "many_draws", "quantiles"]
 
 @torch.no_grad()
 def many_draws(guide: Callable, nesting: int, num_samples: int, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    """Return many draws of a guide's sites by name, ``[draws, *plates, *event]``, with its plates all present."""
+    """Return many draws of a guide's sites by name, ``[draws, *plates, *event]``, and its minibatch's rows by plate."""
     with poutine.block(), pyro.plate("_many_draws", num_samples, dim=-nesting - 1):
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
     sites: dict[str, Any] = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}

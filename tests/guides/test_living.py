@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, init_to_v
 from pyro_elbo_ext import VRIWAE_ELBO, AutoFlow, AutoPlatedFlow, make_flow
 from pyro_elbo_ext.guides.zuko import import_zuko
 from tests.cases import nested_model
-from tests.guides.cases import GUIDES, log_weight, perturb, perturb_built, schools
+from tests.guides.cases import GUIDES, log_weight, perturb, perturb_built, rows, schools
 
 
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
@@ -102,6 +102,39 @@ def test_a_warm_start_reaches_the_param_store():
     fresh.build()
     pyro.set_rng_seed(3)
     assert torch.equal(fresh()["theta"], before)
+
+
+def test_a_store_that_is_cleared_or_loaded_later_is_noticed():
+    guide = perturb_built(AutoPlatedFlow(schools))
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step()
+    first = guide.weights.detach().clone()
+    state = {part: dict(values) for part, values in pyro.get_param_store().get_state().items()}
+    state["params"] = {name: value.detach().clone().requires_grad_() for name, value in state["params"].items()}
+    svi.step()
+    assert not torch.equal(guide.weights, first)
+    pyro.get_param_store().set_state(state)
+    guide()
+    assert torch.equal(guide.weights, first) and pyro.param("AutoPlatedFlow.weights") is guide.weights
+    SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+    assert not torch.equal(guide.weights, first)
+    pyro.clear_param_store()
+    guide()
+    assert "AutoPlatedFlow.start" in pyro.get_param_store()
+    assert pyro.param("AutoPlatedFlow.weights") is guide.weights
+
+
+def test_a_warm_start_knows_the_rows_of_its_minibatch():
+    def model(batch):
+        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0), 0.1))
+        with rows(batch) as i:
+            pyro.sample("z", dist.Normal(100.0 * i, scale))
+
+    guide = AutoPlatedFlow(model, create_plates=rows)
+    guide.warm_start(model, 3)  # the prior, which is this model's posterior
+    drawn = poutine.trace(guide).get_trace(3)
+    z, i = drawn.nodes["z"]["value"], drawn.nodes["data"]["value"]
+    assert (z - 100 * i).abs().max() < 40  # another row's prior is a hundred away
 
 
 def test_a_warm_start_leaves_the_model_alone():

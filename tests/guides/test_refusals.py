@@ -93,6 +93,16 @@ REFUSALS = {
         ValueError,
         r"have shape \(8, 4\), but the guide was built for \[data, 3\]",
     ),
+    "hidden-plate": (
+        lambda: AutoPlatedFlow(poutine.block(local_model, expose=["z"]))(3),
+        ValueError,
+        "'data' is subsampled and hidden from the guide",
+    ),
+    "learning-features": (
+        lambda: AutoPlatedFlow(schools, {"schools": torch.ones(4, 2, requires_grad=True)}),
+        ValueError,
+        "is a tensor that learns",
+    ),
     "chosen": (
         lambda: AutoPlatedFlow(chosen)(torch.tensor([1, 4])),
         ValueError,
