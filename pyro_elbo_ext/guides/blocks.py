@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.guides.noncentering import whiten
-from pyro_elbo_ext.guides.structure import Latent, finite, is_identity
+from pyro_elbo_ext.guides.structure import Latent, constrain, finite
 
 __all__ = ["Block", "Draw", "Slot", "Standard", "broadcast", "first_location", "make_slot", "module_key", "summary"]
 
@@ -69,7 +69,7 @@ class Draw:
     def settle(self, slot: Slot, u: Tensor) -> Tensor:
         """Note a site's unconstrained value, and return the constrained one."""
         self.unconstrained[slot.name] = u
-        self.values[slot.name] = u if is_identity(slot.latent.transform) else slot.latent.transform(u)
+        self.values[slot.name] = constrain(slot.latent.transform, u)
         return self.values[slot.name]
 
 

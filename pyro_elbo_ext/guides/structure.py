@@ -14,14 +14,15 @@ from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provena
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import ExpTransform, Transform, biject_to, constraints
 
 from pyro_elbo_ext.guides.noncentering import LocationScale, location_scale
 from pyro_elbo_ext.sites import base_name, plate_factor
 
-__all__ = ["Latent", "Structure", "check_rows", "inspect_model", "is_identity", "finite"]
+__all__ = ["Latent", "Structure", "check_rows", "constrain", "inspect_model", "is_identity", "finite"]
 
 
+_POSITIVE = biject_to(constraints.positive)
 RUNS = 5  # at the same values; a hidden coin comes up the same in all of them once in sixteen
 
 
@@ -246,6 +247,23 @@ def check_rows(structure: Structure, create_plates: Callable | None, args: tuple
 def is_identity(transform: Transform) -> bool:
     """Tell whether a transform is that of an unbounded support."""
     return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
+
+
+def constrain(transform: Transform, u: Tensor) -> Tensor:
+    """Return the constrained value, inside the support where rounding would put a positive one at 0 or infinity."""
+    if is_identity(transform):
+        return u
+    value = transform(u)
+    if _is_exponential(transform):
+        limits = torch.finfo(value.dtype)
+        value = value.clamp(limits.tiny, limits.max)
+    return value
+
+
+def _is_exponential(transform: Transform) -> bool:
+    """Tell whether a transform is that onto the positive line, of one value or of each in an event."""
+    base = getattr(transform, "base_transform", transform)
+    return base == _POSITIVE or isinstance(base, ExpTransform)
 
 
 def finite(value: Tensor, instead: float = 0.0) -> Tensor:

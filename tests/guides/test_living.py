@@ -229,6 +229,14 @@ def test_a_warm_start_is_the_gaussian(source):
     assert float(losses.mean()) < limit < VRIWAE_ELBO(1.0, 500).loss(model, AutoFlow(model))
 
 
+def test_a_scale_does_not_round_to_zero():
+    start = {"mu": torch.tensor(0.0), "tau": torch.tensor(1e-30), "theta": torch.zeros(4)}
+    for make in GUIDES.values():
+        guide = make(schools, init_loc_fn=init_to_value(values=start), init_scale=600.0)
+        values = torch.stack([guide()["tau"].detach() for _ in range(50)])
+        assert (values > 0).all() and torch.isfinite(values).all() and float(values.min()) < 1e-300
+
+
 def test_predictive_takes_the_guide():
     for make in GUIDES.values():
         drawn = Predictive(schools, guide=make(schools), num_samples=6)()
