@@ -40,7 +40,7 @@ import pyro.distributions as dist
 import torch
 from datasets import DATA_HELP, Data, load_data
 from pyro.infer import SVI
-from report import bound, enlarge, write
+from report import bound, enlarge, log_weights, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -122,17 +122,6 @@ class Result(NamedTuple):
 def make_objective(num_particles: int, gradient: str) -> VRIWAE_ELBO:
     """The ELBO, for both runs."""
     return VRIWAE_ELBO(1.0, num_particles, gradient=gradient)
-
-
-@torch.no_grad()
-def log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
-    """``log p(x, z) - log q(z | x)`` for K draws from the guide, ``[num_particles, images]``."""
-    chunks = []
-    for part in x.split(20):
-        q = vae.posterior(part)
-        z = q.sample((num_particles,))
-        chunks.append(vae.prior(part).log_prob(z) + vae.likelihood(z).log_prob(part) - q.log_prob(z))
-    return torch.cat(chunks, -1)
 
 
 def train(name: str, data: Data, args: argparse.Namespace) -> Result:

@@ -28,6 +28,17 @@ class Result(NamedTuple):
     seconds: float
 
 
+@torch.no_grad()
+def log_weights(vae: Any, x: Tensor, num_particles: int) -> Tensor:
+    """``log p(x, z) - log q(z | x)`` for K draws from the guide of a VAE, ``[num_particles, images]``."""
+    chunks = []
+    for part in x.split(20):
+        q = vae.posterior(part)
+        z = q.sample((num_particles,))
+        chunks.append(vae.prior(part).log_prob(z) + vae.likelihood(z).log_prob(part) - q.log_prob(z))
+    return torch.cat(chunks, -1)
+
+
 def bound(log_w: Tensor, num_particles: int) -> Tensor:
     """L_K of each image, averaged over as many disjoint groups of K particles as there are."""
     groups = len(log_w) // num_particles

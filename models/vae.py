@@ -30,7 +30,7 @@ from datasets import DATA_HELP, Data, load_data
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.elbo import ELBO
-from report import CURVE, Picture, Result, bounds, curves, plot, tabulate, write
+from report import CURVE, Picture, Result, bounds, curves, log_weights, plot, tabulate, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -107,17 +107,6 @@ def batches(x: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
     loader = DataLoader(TensorDataset(x), args.batch_size, shuffle=True, generator=order)
     while True:
         yield from [x] if args.batching == "plate" else (batch for (batch,) in loader)
-
-
-@torch.no_grad()
-def log_weights(vae: VAE, x: Tensor, num_particles: int) -> Tensor:
-    """``log p(x, z) - log q(z | x)`` for K draws from the guide, ``[num_particles, images]``."""
-    chunks = []
-    for part in x.split(20):
-        q = vae.posterior(part)
-        z = q.sample((num_particles,))
-        chunks.append(vae.prior(part).log_prob(z) + vae.likelihood(z).log_prob(part) - q.log_prob(z))
-    return torch.cat(chunks, -1)
 
 
 def train(name: str, data: Data, args: argparse.Namespace) -> Result:
