@@ -4,10 +4,25 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 PRINTED = re.findall(r"^(\w+_ELBO) +(-[\d.]+) nats$", README, flags=re.M)
+
+
+@pytest.fixture
+def printed_by(capsys, request):
+    """Runs a block of the README as it stands there, and returns what it prints."""
+    if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
+        pytest.skip("the examples choose neither dtype nor device")
+
+    def run(block):
+        torch.set_default_dtype(torch.float32)
+        exec(compile(BLOCKS[block], "README.md", "exec"), {})
+        return capsys.readouterr().out
+
+    return run
 
 
 # The rows of the second example lie more than a hundred nats apart, and its draws of bits may differ by machine.
@@ -15,30 +30,18 @@ EXAMPLES = {"first": (0, slice(0, 2), 3.0), "discrete": (1, slice(2, 5), 40.0)}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_prints_what_it_says(name, capsys, request):
+def test_example_prints_what_it_says(name, printed_by):
     block, lines, tolerance = EXAMPLES[name]
-    if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
-        pytest.skip("the example chooses neither dtype nor device")
-    import torch
-
-    torch.set_default_dtype(torch.float32)
-    exec(compile(BLOCKS[block], "README.md", "exec"), {})
-    found = re.findall(r"^(\w+_ELBO) +(-[\d.]+) nats$", capsys.readouterr().out, flags=re.M)
+    found = re.findall(r"^(\w+_ELBO) +(-[\d.]+) nats$", printed_by(block), flags=re.M)
     expected = PRINTED[lines]
     assert [name for name, _ in found] == [name for name, _ in expected] and len(PRINTED) == 5
     for (_, value), (_, printed) in zip(found, expected, strict=True):
         assert float(value) == pytest.approx(float(printed), abs=tolerance)
 
 
-def test_natural_gradients_print_what_they_say(capsys, request):
-    if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
-        pytest.skip("the example chooses neither dtype nor device")
-    import torch
-
-    torch.set_default_dtype(torch.float32)
-    exec(compile(BLOCKS[3], "README.md", "exec"), {})
+def test_natural_gradients_print_what_they_say(printed_by):
     printed = re.compile(r"^(\w+) +after +(\d+) steps +(-[\d.]+) nats$", flags=re.M)
-    out = capsys.readouterr().out
+    out = printed_by(3)
     expected, found = printed.findall(README), printed.findall(out)
     assert [row[:2] for row in found] == [row[:2] for row in expected] and len(expected) == 3
     for (name, steps, value), (_, _, said) in zip(found, expected, strict=True):
@@ -46,15 +49,9 @@ def test_natural_gradients_print_what_they_say(capsys, request):
     assert "_AutoMultivariateNormal_latent  MultivariateNormal" in out
 
 
-def test_flow_guides_print_what_they_say(capsys, request):
-    if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
-        pytest.skip("the example chooses neither dtype nor device")
-    import torch
-
-    torch.set_default_dtype(torch.float32)
-    exec(compile(BLOCKS[4], "README.md", "exec"), {})
+def test_flow_guides_print_what_they_say(printed_by):
     printed = re.compile(r"^(Auto\w+) +(-[\d.]+) nats$", flags=re.M)
-    expected, found = dict(printed.findall(README)), dict(printed.findall(capsys.readouterr().out))
+    expected, found = dict(printed.findall(README)), dict(printed.findall(printed_by(4)))
     assert list(found) == list(expected) and len(expected) == 3
     assert float(found["AutoMultivariateNormal"]) < -33  # 1.9 nats below at best, and not yet there
     for name in ("AutoFlow", "AutoPlatedFlow"):
