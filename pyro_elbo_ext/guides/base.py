@@ -179,7 +179,7 @@ class FlowGuide(SavedGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site, and return the values by name."""
-        if not self._blocks:
+        if not self._built:
             self.build(*args, **kwargs)
         if not self._is_registered():
             self._register()
@@ -296,7 +296,7 @@ class FlowGuide(SavedGuide):
     @property
     def num_dropped(self) -> int:
         """Draws left out of gradients so far because theirs was not finite."""
-        flows: Any = self.flows.values() if self._blocks else ()
+        flows: Any = self.flows.values() if self._built else ()
         return sum(int(flow.dropped) for flow in flows)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -308,7 +308,7 @@ class FlowGuide(SavedGuide):
         levels = torch.as_tensor(quantiles)
         if levels.dim() != 1 or (levels < 0).any() or (levels > 1).any():
             raise ValueError(f"quantiles must be a sequence of numbers between 0 and 1, got {quantiles}")
-        if not self._blocks:
+        if not self._built:
             self.build(*args, **kwargs)
         draws = many_draws(self, self._nesting, self.num_quantile_samples, args, kwargs)
         sites = {slot.name for block in self._blocks for slot in block.slots}
@@ -341,7 +341,7 @@ class FlowGuide(SavedGuide):
         Raises:
             ValueError: an unknown source, one without all latent sites, or a flow without an affine map.
         """
-        if not self._blocks:
+        if not self._built:
             self.build(*args, **kwargs)
         draws = gaussian_draws(self, source, num_steps, num_samples, args, kwargs)
         values = {slot.name: draws.get(slot.name) for block in self._blocks for slot in block.slots}

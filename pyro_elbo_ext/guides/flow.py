@@ -59,6 +59,6 @@ class AutoFlow(FlowGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the distribution of the vector w, of all sites' coordinates in the model's order, as it is now."""
-        if not self._blocks:
+        if not self._built:
             self.build(*args, **kwargs)
         return FlowDistribution(self._unpacked()[module_key("latent")])

@@ -176,3 +176,15 @@ def test_a_prior_that_changes_its_family_is_refused():
 def test_infinite_starts_are_replaced():
     guide = AutoFlow(schools, init_loc_fn=lambda site: torch.full(site["fn"].shape(), math.inf))
     assert all(torch.isfinite(value).all() for value in guide().values())
+
+
+@pytest.mark.parametrize("case", ["uncovered", "rows", "affine"])
+def test_a_refusal_is_met_again(case):
+    guide = {
+        "uncovered": lambda: AutoPlatedFlow(schools, {}),
+        "rows": lambda: AutoPlatedFlow(schools, {"schools": torch.ones(3, 2)}),
+        "affine": lambda: AutoFlow(schools, affine="full"),
+    }[case]()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=REFUSALS[case][2]):
+            guide()
