@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install -q -c constraints.txt -e ".[flows,examples,dev]"
+	$(PYTHON) -m pip --python .venv/bin/python install -q -c constraints.txt -e ".[flows,arviz,examples,dev]"
 	touch $@
 
 demo: .venv/ready

@@ -1,0 +1,1 @@
+"""What a fitted guide is worth: weights, bounds, evidence, gradients and calibration."""
