@@ -98,13 +98,14 @@ def _run(guide: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[str]]:
 def _all_different(leaves: list[Tensor]) -> Iterator[None]:
     """Set parameters to distinct numbers around zero, and back."""
     saved = [leaf.detach().clone() for leaf in leaves]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device, which factories would follow
     try:
         with torch.no_grad():
             for leaf in leaves:
-                order = torch.randperm(leaf.numel(), generator=generator)
-                offset = torch.rand(1, generator=generator, dtype=torch.float64)
-                codes = (torch.linspace(-1, 1, leaf.numel(), dtype=torch.float64)[order] + offset) / 2
+                order = torch.randperm(leaf.numel(), generator=generator, device="cpu")
+                offset = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu")
+                grid = torch.linspace(-1, 1, leaf.numel(), dtype=torch.float64, device="cpu")
+                codes = (grid[order] + offset) / 2
                 leaf.copy_(codes.reshape(leaf.shape))
         yield
     finally:

@@ -240,7 +240,10 @@ def chain():
     return model, guide
 
 
-TABLE = torch.tensor([0.3, 1.2])
+def looked_up(z):
+    return torch.tensor([0.3, 1.2])[z.long()]
+
+
 BITS = pair(dist.Bernoulli)
 REFUSED = {
     "a category under disarm": (2, "disarm", pair(categorical), "'z' is a Categorical.*binary sites only.*\"score\""),
@@ -251,13 +254,13 @@ REFUSED = {
     "one particle under disarm": (1, "disarm", BITS, "even num_particles, got 1"),
     "one particle under double-cv": (1, "double-cv", BITS, "'z'.*num_particles >= 2, got 1"),
     "an index under rebar": (
-        2, "rebar", pair(dist.Bernoulli, lambda z: TABLE[z.long()]), "'z' is used by model site 'x'.*no derivative",
+        2, "rebar", pair(dist.Bernoulli, looked_up), "'z' is used by model site 'x'.*no derivative",
     ),
     "a comparison under relax": (
         2, "relax", pair(dist.Bernoulli, lambda z: torch.where(z > 0.5, 1.0, 0.0)), "'z' is used by model site 'x'",
     ),
     "an index under double-cv": (
-        2, "double-cv", pair(dist.Bernoulli, lambda z: TABLE[z.long()]), "'z' is used by model site 'x'",
+        2, "double-cv", pair(dist.Bernoulli, looked_up), "'z' is used by model site 'x'",
     ),
     "a chain under rebar": (2, "rebar", chain(), "'b' descends from the sampled site 'a'.*\"double-cv\""),
     "an enumerated site": (

@@ -198,7 +198,7 @@ def test_minibatches(gradient):
     for batch in (12, 3, 1):
         values, grads = sample_gradients(IWAE_ELBO(3, gradient), problem, batch, calls=100, seed=batch)
         found[batch] = values, {name: grad.reshape(100, -1).mean(1) for name, grad in grads.items()}
-        assert float(values.mean()) < evidence
+    assert float(found[12][0].mean()) < evidence  # a minibatch's value scatters by nats: held below, by its error
     for batch in (3, 1):
         assert two_sample_z(found[batch][0], found[12][0]) < 4
         for name in problem.params:

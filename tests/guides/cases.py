@@ -16,7 +16,7 @@ def schools():
     tau = pyro.sample("tau", dist.HalfCauchy(torch.tensor(1.0)))
     with pyro.plate("schools", 4):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 1.0), obs=Y.to(theta.dtype))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=Y.to(theta))
 
 
 def rows(batch=NUM_DATA):

@@ -182,7 +182,8 @@ def test_a_particle_that_fails_below_does_not_reach_the_centring_weights(make):
     def model():
         mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
         with pyro.plate("rows", 3):
-            pyro.sample("y", dist.Normal(Fails.apply(pyro.sample("z", dist.Normal(mu, mu.exp()))), 1.0), obs=Y[:3])
+            z = pyro.sample("z", dist.Normal(mu, mu.exp()))
+            pyro.sample("y", dist.Normal(Fails.apply(z), 1.0), obs=Y[:3].to(z))
 
     guide = make(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(8, vectorize_particles=True, max_plate_nesting=1))

@@ -153,7 +153,7 @@ def normal(loc, scale, *sizes, event=0):
     return guide
 
 
-ORDER = torch.tensor([2, 0, 1])
+ORDER = [2, 0, 1]
 FOUND = {
     "one for one": (normal(lambda: param("m", [0.0] * 3), lambda: param("s", [1.0] * 3, POSITIVE), 3), 1.0),
     "shared by a plate": (normal(lambda: param("m", 0.0), lambda: param("s", 1.0, POSITIVE), 3), 3.0),
