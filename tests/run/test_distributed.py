@@ -1,0 +1,99 @@
+"""Two processes, started once for all tests, against one; what they do is in distributed_worker.py."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+
+from pyro_elbo_ext import IWAE_ELBO
+from pyro_elbo_ext.run.distributed import DistributedSVI
+from tests.cases import global_guide, global_model, local_guide, local_model
+from tests.run.distributed_worker import CHECKS, refusals
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The folder in which two processes left their results, and their exit codes."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, str(WORKER), "RANK", "2", str(folder)]
+    with ExitStack() as stack:
+        started = []
+        for rank in range(2):
+            command[2] = str(rank)
+            errors = stack.enter_context((folder / f"errors{rank}.txt").open("w"))
+            started.append(subprocess.Popen(command, env=environment, stdout=errors, stderr=errors))
+            stack.callback(started[-1].kill)
+        codes = [process.wait(timeout=120) for process in started]
+    return folder, codes
+
+
+def results(folder, rank):
+    path = folder / f"{rank}.json"
+    assert path.exists(), (folder / f"errors{rank}.txt").read_text()
+    return json.loads(path.read_text())
+
+
+def passed(processes, name):
+    for rank in range(2):
+        found = results(processes[0], rank)[name]
+        assert found["ok"], f"rank {rank}: {found['text']}"
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(processes, name):
+    passed(processes, name)
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refused_on_all_processes(processes, name):
+    passed(processes, f"refusal: {name}")
+
+
+def test_a_killed_process_ends_the_other_with_an_error_and_an_intact_checkpoint(processes):
+    folder, codes = processes
+    assert codes == [0, -9]
+    found = json.loads((folder / "lost0.json").read_text())
+    assert len(found["texts"]) == 2 and found["seconds"] < 10 and found["unchanged"]
+    for text in found["texts"]:
+        assert text.startswith("rank 0 of 2 lost the others: ") and "from the last checkpoint" in text
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert {"loc", "scale", "unused"} == set(state) and all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("particles", ["own", "shared"])
+@pytest.mark.parametrize("pair", [(local_model, local_guide), (global_model, global_guide)], ids=["local", "global"])
+def test_one_process_is_plain_svi(pair, particles):
+    losses = {}
+    for name, make in {
+        "svi": SVI,
+        "distributed": lambda *args: DistributedSVI(*args, particles=particles),
+    }.items():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(*pair, Adam({"lr": 0.1}), IWAE_ELBO(4))
+        losses[name] = [svi.step() for _ in range(3)] + [svi.evaluate_loss()]
+    assert losses["svi"] == losses["distributed"]
+    assert (svi.rank, svi.world_size, svi.seed, svi.barrier()) == (0, 1, None, None)
+
+
+def test_one_process_takes_a_seed():
+    svi = DistributedSVI(local_model, local_guide, Adam({"lr": 0.1}), Trace_ELBO(), seed=11)
+    assert svi.seed == torch.initial_seed() == 11
+
+
+def test_unknown_particles():
+    with pytest.raises(ValueError, match='particles must be "own" or "shared", got \'both\''):
+        DistributedSVI(local_model, local_guide, Adam({"lr": 0.1}), Trace_ELBO(), particles="both")
