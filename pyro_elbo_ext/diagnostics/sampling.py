@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_elbo_ext.bounds import log_mean_exp
 from pyro_elbo_ext.particles import Particles, ParticleSampler
@@ -17,7 +18,7 @@ from pyro_elbo_ext.plates import Layout
 from pyro_elbo_ext.sites import Site, vectorized_plates
 from pyro_elbo_ext.tracing import forked_rng, run_pair
 
-__all__ = ["PosteriorDraws", "make_sampler", "plate_nesting", "posterior_draws", "seeded"]
+__all__ = ["PosteriorDraws", "latent_values", "make_sampler", "plate_nesting", "posterior_draws", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class PosteriorDraws:
 
     Attributes:
         values: by latent site of the model, ``[num_samples, *plates, *event]`` with the site's own plates only.
+        unconstrained: the same on the reals, by the bijection of the site's prior support, ``[num_samples, *plates,
+            *unconstrained event]``; continuous sites only. Moments are better behaved there.
         site_plates: names of those plates, from left to right, by site.
         log_joint: model log-density, less the guide's Jacobians, ``[num_samples, *plates]`` with the kept plates only.
         log_guide: the guide's log-density, of the same shape.
@@ -41,6 +44,7 @@ class PosteriorDraws:
     """
 
     values: dict[str, Tensor]
+    unconstrained: dict[str, Tensor]
     site_plates: dict[str, tuple[str, ...]]
     log_joint: Tensor
     log_guide: Tensor
@@ -200,6 +204,7 @@ class _Chunk(NamedTuple):
 
     layout: Layout
     values: dict[str, Tensor]
+    unconstrained: dict[str, Tensor]
     site_plates: dict[str, tuple[str, ...]]
     log_joint: Tensor
     log_guide: Tensor
@@ -215,7 +220,8 @@ def _reduce(particles: Particles, sampler: ParticleSampler, num_runs: int) -> _C
         scale = _kept(scale.unsqueeze(0), kept)[0]
     return _Chunk(
         layout=particles.layout,
-        values=_values(particles, sampler, num_runs),
+        values=latent_values(particles, sampler, num_runs),
+        unconstrained=latent_values(particles, sampler, num_runs, unconstrained=True),
         site_plates={name: _plates_of(site) for name, site in _latents(particles.runs[0]).items()},
         log_joint=_kept(particles.log_joint, kept),
         log_guide=_kept(particles.log_guide, kept),
@@ -229,6 +235,9 @@ def _gather(chunks: Sequence[_Chunk], indices: dict[str, Tensor]) -> PosteriorDr
     first = chunks[0]
     return PosteriorDraws(
         values={name: torch.cat([chunk.values[name] for chunk in chunks]) for name in first.values},
+        unconstrained={
+            name: torch.cat([chunk.unconstrained[name] for chunk in chunks]) for name in first.unconstrained
+        },
         site_plates=first.site_plates,
         log_joint=torch.cat([chunk.log_joint for chunk in chunks]),
         log_guide=torch.cat([chunk.log_guide for chunk in chunks]),
@@ -260,20 +269,27 @@ def _plates_of(site: Site) -> tuple[str, ...]:
     return tuple(sorted(frames, key=lambda name: frames[name].dim))
 
 
-def _values(particles: Particles, sampler: ParticleSampler, num_runs: int) -> dict[str, Tensor]:
-    """Return every latent's values in a chunk, ``[particles, *plates, *event]``."""
+def latent_values(
+    particles: Particles, sampler: ParticleSampler, num_runs: int = 1, unconstrained: bool = False
+) -> dict[str, Tensor]:
+    """Return every latent's values, ``[particles, *plates, *event]``; continuous ones only where unconstrained."""
     size = sampler.num_particles // num_runs
-    runs = [
-        {name: _value(site, size, sampler.max_plate_nesting) for name, site in _latents(sites).items()}
-        for sites in particles.runs
-    ]
+    runs = []
+    for sites in particles.runs:
+        found = _latents(sites)
+        supports = {site.name: site.node["fn"].support for site in sites if site.origin == "model" and unconstrained}
+        if unconstrained:
+            found = {name: site for name, site in found.items() if not supports[name].is_discrete}
+        runs.append({n: _value(site, size, sampler.max_plate_nesting, supports.get(n)) for n, site in found.items()})
     return {name: torch.cat([values[name] for values in runs]) for name in runs[0]}
 
 
-def _value(site: Site, size: int, nesting: int) -> Tensor:
+def _value(site: Site, size: int, nesting: int, support: Any = None) -> Tensor:
     """Return one run's values of a site; what was not drawn for each particle apart is repeated."""
     value, event_dim = site.node["value"].detach(), site.node["fn"].event_dim
     split = value.dim() - event_dim
+    if support is not None:
+        value = biject_to(support).inv(value)
     batch, event = (1,) * (nesting + 1 - split) + value.shape[:split], value.shape[split:]
     frames = {f.dim: f.size for f in vectorized_plates(site.node).values()}
     shape = [size, *(frames.get(dim, 1) for dim in range(-nesting, 0))]
