@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -15,42 +15,12 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_elbo_ext.gradients.memory import Memory
-from pyro_elbo_ext.natural.optim import NaturalGradient
-from pyro_elbo_ext.run.processes import Bucket, Processes, Slot, fill, flatten, make_slot
+from pyro_elbo_ext.run.averaging import Averager, Work, running_averages
+from pyro_elbo_ext.run.processes import Processes, make_slot
 from pyro_elbo_ext.run.sharding import Report, Watch, check_loss, check_reports, digest, kept_plates
 from pyro_elbo_ext.run.sharing import Elsewhere, share
 
 __all__ = ["DistributedSVI"]
-
-
-class _Agreed(NamedTuple):
-    """What all processes have agreed to add up; two equal ones need no more words."""
-
-    slots: tuple[Slot, ...] = ()
-    plates: tuple[tuple[str, tuple[int, int]], ...] = ()
-    num_losses: int = 1
-
-
-class _Work(NamedTuple):
-    """What this process has found in one call of the loss."""
-
-    kind: str
-    problem: Exception | None
-    loss: Any
-    params: dict[str, Tensor]
-    memory: dict[str, Tensor]
-    watch: Watch
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        loss = self.loss if isinstance(self.loss, tuple) else (self.loss,)
-        return () if self.problem is not None or self.loss is None else tuple(float(part) for part in loss)
-
-    @property
-    def agreed(self) -> _Agreed:
-        added = {**self.params, **self.memory}
-        return _Agreed(tuple(make_slot(n, t) for n, t in added.items()), self.watch.plates, len(self.losses))
 
 
 class DistributedSVI(SVI):
@@ -146,8 +116,7 @@ class DistributedSVI(SVI):
                 self._elbo, self._bound = share(loss, self._processes)
         super().__init__(model, guide, optim, self._elbo, **kwargs)
         self.seed = self._seeded(seed)
-        self._agreed = _Agreed()
-        self._actual: dict[Bucket, torch.device] = {}
+        self._averager = Averager(self._processes)
         self._seen: dict[str, Tensor] = {}
         self._num_calls = 0
         if self.world_size > 1:
@@ -181,11 +150,11 @@ class DistributedSVI(SVI):
             work = self._run(kind, call)
             try:
                 losses = self._average(work, args, kwargs)
-            except Exception as error:
+            except Exception:
                 zero_grads(work.params.values())
                 if work.problem is not None and not isinstance(work.problem, Elsewhere):
                     raise work.problem from None
-                raise error
+                raise
             if losses is not None:
                 return type(work.loss)(losses) if isinstance(work.loss, tuple) else (losses or (None,))[0]
             zero_grads(work.params.values())  # of parameters that rank 0 has now replaced
@@ -194,7 +163,7 @@ class DistributedSVI(SVI):
             "in every run of the loss. Make parameters once, by pyro.param or in a module."
         )
 
-    def _run(self, kind: str, call: Callable[[], Any]) -> _Work:
+    def _run(self, kind: str, call: Callable[[], Any]) -> Work:
         """Run the loss on this process, and take down what it met."""
         watch, problem, loss = Watch(self._row_seed if self._bound is not None else None), None, None
         if self._bound is not None:
@@ -208,11 +177,11 @@ class DistributedSVI(SVI):
         leaves = {name: site["value"].unconstrained() for name, site in nodes.items()}
         unique = {id(leaf): name for name, leaf in sorted(leaves.items(), reverse=True)}
         params = {name: leaves[name] for name in sorted(unique.values())}
-        work = _Work(kind, problem, loss, params, _memory(self._elbo) if kind == "step" else {}, watch)
+        work = Work(kind, problem, loss, params, running_averages(self._elbo) if kind == "step" else {}, watch)
         self._meet(work)
         return work
 
-    def _meet(self, work: _Work) -> None:
+    def _meet(self, work: Work) -> None:
         """Where particles are shared, take part in an exchange of log-weights that this call has not come to."""
         if self._bound is None or isinstance(work.problem, Elsewhere) or self._bound.met:
             return
@@ -221,7 +190,7 @@ class DistributedSVI(SVI):
         except Elsewhere as elsewhere:
             self._raise_elsewhere(elsewhere, work)
 
-    def _raise_elsewhere(self, elsewhere: Elsewhere, work: _Work) -> None:
+    def _raise_elsewhere(self, elsewhere: Elsewhere, work: Work) -> None:
         zero_grads(work.params.values())
         if work.problem is not None and work.problem is not elsewhere:
             raise work.problem
@@ -232,16 +201,16 @@ class DistributedSVI(SVI):
         """Return the seed that all processes draw a subsampled plate's rows by in this call."""
         return zlib.crc32(f"{self.seed} {self._num_calls} {plate}".encode())
 
-    def _average(self, work: _Work, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, ...] | None:
+    def _average(self, work: Work, args: tuple, kwargs: Mapping[str, Any]) -> tuple[float, ...] | None:
         """Average over processes; None where there were new parameters, and the call has to be made again."""
         if isinstance(work.problem, Elsewhere):
             self._raise_elsewhere(work.problem, work)
         fresh = frozenset(name for name, leaf in work.params.items() if self._seen.get(name) is not leaf)
-        as_before = work.kind == "step" and work.problem is None and not fresh and work.agreed == self._agreed
-        losses = self._add(work if as_before else None)
+        as_before = work.kind == "step" and work.problem is None and not fresh and work.agreed == self._averager.agreed
+        losses = self._averager.add(work if as_before else None)
         if losses is not None:
             return losses
-        reports = self._processes.gather(self._report(work, fresh))
+        reports = self._processes.gather(self._report(work, fresh, (*args, *kwargs.values())))
         check_reports(reports, self._bound is not None)
         fresh = frozenset().union(*(report.fresh for report in reports))
         if fresh:
@@ -254,15 +223,14 @@ class DistributedSVI(SVI):
         if work.kind != "step":
             return tuple(sum(parts) / self.world_size for parts in zip(*(r.losses for r in reports), strict=True))
         self._check_optimizer(args, kwargs)
-        self._agreed = work.agreed
-        self._actual = {make_slot("", t).bucket: t.device for t in (*work.params.values(), *work.memory.values())}
-        return self._add(work)
+        self._averager.agree(work)
+        return self._averager.add(work)
 
-    def _report(self, work: _Work, fresh: frozenset[str]) -> Report:
+    def _report(self, work: Work, fresh: frozenset[str], given: tuple) -> Report:
         if work.problem is not None or work.kind == "barrier":
             return Report(work.kind, _problem(work.problem))
         watch, agreed = work.watch, work.agreed
-        sites = watch.digested() if work.kind == "step" else {}
+        sites, sources = (watch.digested(), watch.sources(given)) if work.kind == "step" else ({}, {})
         pyro_averages = "" if hasattr(self._elbo, "differentiable_loss") else watch.averaging
         return Report(
             work.kind,
@@ -274,50 +242,18 @@ class DistributedSVI(SVI):
             agreed.plates,
             sites,
             watch.drawn(),
+            sources,
             kept_plates(self._elbo),
             pyro_averages,
         )
 
-    def _add(self, work: _Work | None) -> tuple[float, ...] | None:
-        """Add what was agreed on over processes; None where some process has something else to say."""
-        buckets: dict[Bucket, list[Slot]] = {}
-        for slot in self._agreed.slots:
-            buckets.setdefault(slot.bucket, []).append(slot)
-        if not buckets:
-            home = self._processes.home
-            buckets[home.type, torch.float64] = []
-            self._actual[home.type, torch.float64] = home
-        head, losses, total = self._head(work), None, self.world_size
-        for i, bucket in enumerate(sorted(buckets, key=str)):
-            slots, device = buckets[bucket], self._actual[bucket]
-            parts = [_value(work, slot, device) for slot in slots]
-            first = [torch.tensor(head, dtype=bucket[1], device=device)] if i == 0 else []
-            buffer = flatten([*first, *parts], bucket)
-            self._processes.add(buffer)
-            if i == 0:
-                flag, *found = buffer[: len(head)].tolist()
-                losses = None if flag else tuple(loss / total for loss in found[: self._agreed.num_losses])
-                has_grad = dict(
-                    zip((s.name for s in self._agreed.slots), found[self._agreed.num_losses :], strict=True)
-                )
-                buffer = buffer[len(head) :]
-            if work is not None and losses is not None:
-                _take(work, slots, buffer / total, has_grad)
-        return losses
-
-    def _head(self, work: _Work | None) -> list[float]:
-        """Return whether there is something to say, the losses, and which parameters have a gradient."""
-        if work is None:
-            return [1.0] + [0.0] * (self._agreed.num_losses + len(self._agreed.slots))
-        grads = [float(s.name in work.memory or work.params[s.name].grad is not None) for s in self._agreed.slots]
-        return [0.0, *work.losses, *grads]
-
     def _check_optimizer(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Refuse natural steps of rows, each of which counts the rows of this process only."""
-        if not isinstance(self.optim, NaturalGradient):
+        optim: Any = self.optim
+        if not hasattr(optim, "discover"):  # that of NaturalGradient, also behind what watches an optimiser
             return
-        self.optim.discover(self.guide if self.optim.guide is None else self.optim.guide, *args, **kwargs)
-        for site, block in self.optim.blocks.items():
+        optim.discover(self.guide if optim.guide is None else optim.guide, *args, **kwargs)
+        for site, block in optim.blocks.items():
             if block.share < 1:
                 raise ValueError(
                     f"guide site '{site}' is inside a subsampled plate, where NaturalGradient steps the rows of a "
@@ -328,16 +264,6 @@ class DistributedSVI(SVI):
 
 def _problem(error: Exception | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
-
-
-def _memory(loss: Any) -> dict[str, Tensor]:
-    """Return the running averages that a loss keeps, by name."""
-    found = {}
-    for attribute, part in sorted(getattr(loss, "__dict__", {}).items()):
-        for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
-            for key, value in sorted(module._memory.items()) if isinstance(module, Memory) else ():
-                found[f"running average {attribute}.{path} {key}"] = value
-    return found
 
 
 def _buffers(part: Any) -> dict[str, Tensor]:
@@ -352,25 +278,3 @@ def _describe_buffers(model: Callable, guide: Callable, first: bool) -> dict[str
     for name, value in _buffers(model).items():
         found[f"model.{name}"] = (*make_slot(name, value)[1:], digest(value) if first else "")
     return found
-
-
-def _value(work: _Work | None, slot: Slot, device: torch.device) -> Tensor:
-    """Return this process's summand, zeros where it has none."""
-    value = None
-    if work is not None:
-        value = work.memory[slot.name] if slot.name in work.memory else work.params[slot.name].grad
-    return torch.zeros(slot.shape, dtype=slot.dtype, device=device) if value is None else value
-
-
-def _take(work: _Work, slots: list[Slot], mean: Tensor, has_grad: Mapping[str, float]) -> None:
-    """Put the averages where the summands were."""
-    targets = []
-    for slot in slots:
-        param = work.params.get(slot.name)
-        if param is None:
-            targets.append(work.memory[slot.name])
-            continue
-        if param.grad is None and has_grad[slot.name]:
-            param.grad = torch.zeros_like(param)
-        targets.append(torch.empty_like(param) if param.grad is None else param.grad)
-    fill(targets, mean)

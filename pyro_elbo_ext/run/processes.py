@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Processes:
         running = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if running else 0
         self.world_size = dist.get_world_size(group) if running else 1
-        self._lost: str | None = None
+        self._lost = ""
 
     @property
     def home(self) -> torch.device:
@@ -100,20 +101,22 @@ class Processes:
         Raises:
             RuntimeError: another process is gone, or did not come within the group's timeout.
         """
-        if self._lost is None:
+        if not self._lost:
             try:
                 collective()
                 return
             except RuntimeError as error:
-                self._lost = str(error).partition("\n")[0]
+                text = str(error).partition("\n")[0].partition(". This is typically")[0]
+                self._lost = re.sub(r"^\[\S*\] ", "", text)  # without the line of gloo's source
                 raise RuntimeError(self._message()) from error
         raise RuntimeError(self._message())
 
     def _message(self) -> str:
         return (
-            f"rank {self.rank} of {self.world_size} lost the others: {self._lost}. A process has ended (killed, out of "
-            "memory, an error of its own), or did not come within the group's timeout. Nothing was updated here in "
-            "this step. Start all processes again from the last checkpoint; any number of them can go on from it."
+            f"rank {self.rank} of {self.world_size} lost the others: {self._lost.rstrip('.')}. A process has ended "
+            "(killed, out of memory, an error of its own), or did not come within the group's timeout. Nothing was "
+            "updated here in this step. Start all processes again from the last checkpoint; any number of them can go "
+            "on from it."
         )
 
 

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_elbo_ext.elbo.base import ParticleELBO
+from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
 from pyro_elbo_ext.run.processes import Slot
 from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, forked_rng
 
@@ -52,6 +52,7 @@ class Report(NamedTuple):
         plates: all that it met.
         sites: all that it met, by name.
         rows: digests of the rows that its subsampled plates drew, for those with many to choose from.
+        sources: digests of arguments as long as a subsampled plate, by plate.
         kept: the plates over which the bound factorises, None where it need not.
         averaging: a site whose baseline Pyro averages in the param store, or "".
     """
@@ -65,6 +66,7 @@ class Report(NamedTuple):
     plates: tuple[tuple[str, tuple[int, int]], ...] = ()
     sites: Mapping[str, SeenSite] = {}
     rows: Mapping[str, str] = {}
+    sources: Mapping[str, str] = {}
     kept: tuple[str, ...] | None = None
     averaging: str = ""
 
@@ -125,6 +127,15 @@ class Watch(Messenger):
         """Return digests of rows that could hardly be drawn twice by chance, by plate."""
         sizes = dict(self.plates)
         return {name: digest(rows) for name, rows in self.rows.items() if name in sizes and _many(*sizes[name])}
+
+    def sources(self, given: Sequence[Any]) -> dict[str, str]:
+        """Return digests of the arguments that subsampled plates may take their rows from, by plate."""
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        return {
+            name: " ".join(digest(tensor) for tensor in tensors if full_size in tensor.shape)
+            for name, (size, full_size) in self.plates
+            if size < full_size
+        }
 
 
 def _many(size: int, full_size: int) -> bool:
@@ -204,7 +215,7 @@ def _raise_problem(reports: Sequence[Report]) -> None:
     for rank, report in enumerate(reports):
         if report.problem is not None:
             kind, text = report.problem
-            known: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
+            known = {known.__name__: known for known in (NonFiniteError, ValueError, TypeError)}
             plain = "" if kind in known else f"{kind}: "
             raise known.get(kind, RuntimeError)(f"on rank {rank}: {plain}{text}")
 
@@ -262,7 +273,10 @@ def _check_split(reports: Sequence[Report]) -> None:
         if kept is not None and not set(kept) & set(plates):
             raise ValueError(_joint(name, plates))
         if site.unit_scale:
-            _check_counted(name, plates, reports[0].sites)
+            _check_counted(f"rows in {_where(name, plates)}, all of them counted once,", plates, reports[0].sites)
+    for plate, source in reports[0].sources.items():
+        if any(report.sources.get(plate) != source for report in reports):
+            _check_counted(f"rows in plate '{plate}'", [plate], reports[0].sites)
     for plate, rows in reports[0].rows.items():
         if all(report.rows.get(plate) == rows for report in reports):
             warnings.warn(
@@ -286,13 +300,13 @@ def _joint(name: str, plates: Sequence[str]) -> str:
     )
 
 
-def _check_counted(name: str, plates: Sequence[str], sites: Mapping[str, SeenSite]) -> None:
+def _check_counted(what: str, plates: Sequence[str], sites: Mapping[str, SeenSite]) -> None:
     outside = {p: next((other for other, s in sites.items() if p not in s.plates), None) for p in plates}
     if plates and any(site is None for site in outside.values()):
         return  # everything is inside: the average is the loss of all rows over the number of processes
     other = next(iter(outside.values()), None) or "every other"
     raise ValueError(
-        f"the processes have different rows in {_where(name, plates)}, all of them counted once, while site '{other}' "
-        "is outside: the average over processes would count every row 1/world_size times beside it. Say how many "
-        "rows there are in all, by pyro.plate(name, total, subsample_size=len(rows)) or poutine.scale."
+        f"the processes have different {what} while site '{other}' is outside: the average over processes would count "
+        "every row 1/world_size times beside it. Say how many rows there are in all, by pyro.plate(name, total, "
+        "subsample_size=len(rows)) around this process's rows or by poutine.scale; or hand all rows to all processes."
     )

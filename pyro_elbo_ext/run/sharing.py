@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import Bound
+from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.elbo.importance import ImportanceWeighted_ELBO
 from pyro_elbo_ext.run.processes import Processes
 
@@ -58,7 +59,7 @@ class SharedBound(Bound):
 
         Raises:
             Elsewhere: another process has an error, or does something else.
-            ValueError: another process has a log-weight that is not finite.
+            NonFiniteError: another process has a log-weight that is not finite.
         """
         sent = None if own is None else own.detach().cpu()
         self._sent = (None, torch.empty(0))
@@ -74,7 +75,7 @@ class SharedBound(Bound):
             raise Elsewhere(list(kinds), [("ValueError", text)] * len(kinds))
         for rank, log_w in enumerate(found):
             if log_w is not None and rank != self.processes.rank and (log_w.isnan() | (log_w == torch.inf)).any():
-                raise ValueError(
+                raise NonFiniteError(
                     f"the log-weight of a particle on rank {rank} is nan or inf; its error names the site."
                 )
         return list(found)

@@ -36,6 +36,7 @@ from pyro_elbo_ext import (
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
 )
+from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.run.distributed import DistributedSVI
 
 N, BATCH, FEATURES, LATENT, PARTICLES = 24, 4, 3, 2, 8
@@ -406,6 +407,12 @@ def full_plate(x):
         pyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
 
+def drawn_rows(x):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x), subsample_size=2) as rows:
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x[rows])
+
+
 def scaled(x):
     with pyro.poutine.scale(scale=4.0):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -478,6 +485,8 @@ def refusals():
                   step(*pair, trace, torch.arange(3 + RANK))),
         "buffers": (ValueError, "buffer 'model.own' is of shape", step(Buffered(), delta, trace, same)),
         "counted": (ValueError, "would count every row 1/world_size times", step(full_plate, delta, trace, mine)),
+        "counted, drawn": (ValueError, "have different rows in plate 'data' while site 'w' is outside",
+                           step(drawn_rows, delta, trace, mine)),
         "no plate": (ValueError, "site 'x', which is in no plate", step(no_plate, delta, trace, mine)),
         "joint": (ValueError, "takes one log over all of them", step(scaled, normal_guide, IWAE_ELBO(4), mine)),
         "renyi": (ValueError, "pyro.infer.RenyiELBO weighs all rows jointly",
@@ -489,8 +498,8 @@ def refusals():
                            step(bits_model, averaging_guide, TraceGraph_ELBO(), own)),
         "error": (RuntimeError if RANK == 0 else KeyError, "a mistake of the user's",
                   step(odd_error, regression_guide, trace, own)),
-        "error of ours": (ValueError, "is nan", lambda: nan_on_one(IWAE_ELBO(4))),
-        "error of ours, shared": (ValueError, "is nan", lambda: nan_on_one(IWAE_ELBO(4), **shared)),
+        "error of ours": (NonFiniteError, "is nan", lambda: nan_on_one(IWAE_ELBO(4))),
+        "error of ours, shared": (NonFiniteError, "is nan", lambda: nan_on_one(IWAE_ELBO(4), **shared)),
         "kinds": (RuntimeError, "rank 0: evaluate_loss, rank 1: step", lambda: different_things()),
         "kinds, shared": (RuntimeError, "rank 0: evaluate_loss, rank 1: step",
                           lambda: different_things(IWAE_ELBO(4), **shared)),
