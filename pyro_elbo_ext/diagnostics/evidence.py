@@ -94,7 +94,8 @@ def log_mean_exp_error(log_w: Tensor, scale: Tensor | float) -> float:
         scale: of each element, broadcasts with ``[*plates]``.
     """
     variance = (1 / effective_sample_size(log_w) - 1 / log_w.shape[0]).clamp(min=0.0)
-    return math.sqrt(float((variance * torch.as_tensor(scale).square()).flatten(1).sum(1).mean()))
+    variance = variance * (scale * scale)
+    return math.sqrt(float(variance.sum()) / variance.shape[0])
 
 
 def cubo(draws: PosteriorDraws, order: float = 2.0) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.diagnostics.replay import Replayer, Survey, survey
-from pyro_elbo_ext.diagnostics.resampling import resample
+from pyro_elbo_ext.diagnostics.resampling import check_scales, resample
 from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws, posterior_draws
 from pyro_elbo_ext.diagnostics.weights import MIN_SAMPLES, effective_sample_size, pareto_k, psis
 
@@ -158,9 +158,12 @@ def _weighted(job: Job, guide: Callable, pair: Survey) -> _Drawn:
         vectorize=job.vectorize,
         max_plate_nesting=pair.nesting,
     )
+    if job.correct is not None:
+        check_scales(draws)
     bounds, joint = draws.bound(draws.log_weight), draws.joint_log_weight
     attrs = {"elbo": float(bounds.mean()), "ess": float(effective_sample_size(joint))}
-    by_plate = {}
+    attrs |= {"annealed": 1} if draws.annealed else {}
+    by_plate = {"ess": (draws.plates, effective_sample_size(draws.log_weight))} if draws.plates else {}
     if job.num_samples > 1:
         attrs["elbo_se"] = float(bounds.std()) / math.sqrt(job.num_samples)
     if job.num_samples >= MIN_SAMPLES:

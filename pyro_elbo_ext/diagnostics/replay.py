@@ -72,8 +72,10 @@ def _place(node: Any) -> Place:
         batch, shape = value.dim() - fn.event_dim, tuple(value.shape)
     else:  # pyro.deterministic takes all dimensions for the event's unless told otherwise
         batch, shape = _leading_plates(value.shape, frames), tuple(value.shape)
-    kept = tuple(i for i, size in enumerate(shape) if i >= batch or i - batch in frames or size > 1)
-    labels = tuple(frames[i - batch].name if i - batch in frames and i < batch else None for i in kept)
+    plates = {i: frames[i - batch] for i in range(batch) if i - batch in frames}
+    plates = {i: f for i, f in plates.items() if shape[i] == f.size}  # a deterministic value need not vary in a plate
+    kept = tuple(i for i, size in enumerate(shape) if i >= batch or i in plates or size > 1)
+    labels = tuple(plates[i].name if i in plates else None for i in kept)
     return Place(shape, batch, labels, kept)
 
 

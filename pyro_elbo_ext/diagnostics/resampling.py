@@ -11,13 +11,13 @@ from torch import Tensor
 from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws
 from pyro_elbo_ext.diagnostics.weights import effective_sample_size, good_k, psis
 
-__all__ = ["MIN_EFFICIENCY", "Resampled", "resample", "systematic"]
+__all__ = ["MIN_EFFICIENCY", "Resampled", "check_scales", "resample", "systematic"]
 
 MIN_EFFICIENCY = 0.05  # of a joint weight: below, each draw would appear twenty times on average
 
 
 class Resampled(NamedTuple):
-    """Draws of the posterior, and the model's log-density at them as in :class:`PosteriorDraws`. They weigh the same."""
+    """Draws that weigh the same, and the model's log-density at them as in :class:`PosteriorDraws`."""
 
     values: dict[str, Tensor]
     log_joint: Tensor
@@ -44,11 +44,7 @@ def resample(draws: PosteriorDraws) -> Resampled:
         ValueError: the weights are those of an annealed model, or a joint weight whose k-hat or effective sample size
             says that a few draws carry it.
     """
-    if draws.annealed:
-        raise ValueError(
-            "the user's scales differ between sites, as in KL annealing, so these weights are those of another "
-            "posterior. Export with the scales that the posterior is meant to have, all equal."
-        )
+    check_scales(draws)
     log_weights, khat = psis(draws.log_weight)
     if draws.plates:
         _warn(draws.plates, khat)
@@ -88,6 +84,19 @@ def _take(draws: PosteriorDraws, name: str, value: Tensor, chosen: Tensor) -> Te
     sizes = [value.shape[1 + i] if plate in draws.plates else 1 for i, plate in enumerate(own)]
     index = chosen.reshape(len(value), *sizes, *(1,) * (value.dim() - 1 - len(own)))
     return value.gather(0, index.expand_as(value))
+
+
+def check_scales(draws: PosteriorDraws) -> None:
+    """Refuse weights of an annealed model.
+
+    Raises:
+        ValueError: the user's scales differ between sites.
+    """
+    if draws.annealed:
+        raise ValueError(
+            "the user's scales differ between sites, as in KL annealing, so these weights are those of another "
+            "posterior. Export with the scales that the posterior is meant to have, all equal."
+        )
 
 
 def _check_joint(draws: PosteriorDraws, khat: float) -> None:

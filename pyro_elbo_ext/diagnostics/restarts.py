@@ -97,7 +97,7 @@ class _ModulesAgree(Messenger):
     """Refuses a state that ``pyro.module`` would pass over: a module keeps the weights that it holds."""
 
     def _pyro_post_param(self, msg: Any) -> None:
-        given = msg["args"][0] if msg["args"] else None
+        given = msg["args"][1] if len(msg["args"]) > 1 else None  # what pyro.module offers as initial value
         if "$$$" in msg["name"] and isinstance(given, Tensor) and not torch.equal(given, msg["value"]):
             module = msg["name"].partition("$$$")[0]
             raise ValueError(

@@ -158,7 +158,7 @@ def _owner(site: Site, latents: set[str]) -> str:
 
 def _per_particle(value: Tensor, sampler: ParticleSampler) -> Tensor:
     value = value.reshape((1,) * (sampler.max_plate_nesting + 1 - value.dim()) + value.shape)
-    return value.flatten(1).sum(1).expand(sampler.num_particles)
+    return value.reshape(value.shape[0], -1).sum(1).expand(sampler.num_particles)
 
 
 def _exact(sites: Sequence[Site], found: Dependencies, sampler: ParticleSampler) -> dict[str, Tensor]:

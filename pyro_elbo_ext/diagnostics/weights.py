@@ -16,7 +16,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["MIN_SAMPLES", "check_log_weights", "effective_sample_size", "good_k", "pareto_k", "psis"]
+__all__ = ["MIN_SAMPLES", "check_log_weights", "effective_sample_size", "good_k", "k_error", "pareto_k", "psis"]
 
 MIN_SAMPLES = 25  # so that the tail, a fifth of the draws at most, has the five that a fit needs
 
@@ -66,7 +66,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 def _smooth(log_w: Tensor) -> tuple[Tensor, float]:
     """Return one column's smoothed log-weights, relative to the largest, and its k-hat."""
     num = log_w.shape[0]
-    tail_size = math.ceil(min(0.2 * num, 3 * math.sqrt(num)))
+    tail_size = _tail_size(num)
     order = log_w.sort()
     cutoff = max(float(order.values[-tail_size - 1]), math.log(torch.finfo(log_w.dtype).tiny))
     first = int(torch.searchsorted(order.values, cutoff, right=True))
@@ -82,6 +82,15 @@ def _smooth(log_w: Tensor) -> tuple[Tensor, float]:
     quantiles = -torch.log1p(-levels) if abs(k) < 1e-12 else torch.expm1(-k * torch.log1p(-levels)) / k
     smoothed = torch.log(sigma * quantiles + math.exp(cutoff)).clamp(max=0.0)
     return log_w.index_copy(0, order.indices[first:], smoothed), k
+
+
+def _tail_size(num_samples: int) -> int:
+    return math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))
+
+
+def k_error(k: float, num_samples: int) -> float:
+    r"""Return about the standard error of k-hat, :math:`(1 + k) / \sqrt M` for a tail of M draws."""
+    return (1 + max(k, 0.0)) / math.sqrt(_tail_size(num_samples))
 
 
 def good_k(num_samples: int) -> float:

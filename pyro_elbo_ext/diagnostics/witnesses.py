@@ -1,0 +1,187 @@
+r"""What speaks for or against a guide beside the tail of its weights.
+
+A guide that never draws where the posterior has mass has weights that look fine: k-hat below 0.7 has been seen with
+means wrong by more than a standard deviation. Each witness here looks another way:
+
+- :func:`corrected`: do smoothed importance weights move means and standard deviations?
+- :func:`score_balance`: :math:`E_q[\nabla \log p - \nabla \log q]` is zero if q is the posterior, by Stein's identity,
+  and at the optimum of any guide that can be shifted. It sees a slope under the guide, however far away the mass.
+- :func:`drift`: do chains that anneal from guide to posterior end elsewhere than they began?
+- :func:`against`: draws of the posterior from elsewhere.
+
+None sees a mode that neither draws nor chains reach; restarts, a reference or simulation-based calibration do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_elbo_ext.diagnostics.bracket import Bracket
+from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws, make_sampler, seeded
+from pyro_elbo_ext.diagnostics.target import Target
+from pyro_elbo_ext.diagnostics.weights import effective_sample_size, psis
+
+__all__ = ["Effects", "against", "corrected", "drift", "score_balance"]
+
+
+class Effects(NamedTuple):
+    """How far each coordinate of each latent is from where a witness puts it; all ``[*plates, *event]`` by site.
+
+    Attributes:
+        shift: of the mean, in standard deviations.
+        log_sd: log of the guide's standard deviation over the witness's.
+        noise: standard error of both.
+    """
+
+    shift: dict[str, Tensor]
+    log_sd: dict[str, Tensor]
+    noise: dict[str, Tensor]
+
+    @property
+    def size(self) -> float:
+        """The larger of shift and log ratio that stands out of twice its noise, exceeded by 5 % of coordinates."""
+        sizes = torch.cat([(self._largest(name) - 2 * self.noise[name]).flatten() for name in self.shift])
+        return float(torch.quantile(sizes.clamp(min=0.0), 0.95, interpolation="higher"))
+
+    @property
+    def worst(self) -> tuple[str, float, float]:
+        """Name of the coordinate that stands out most, its shift, and its ratio of standard deviations."""
+        above = {name: (self._largest(name) - self.noise[name]).flatten() for name in self.shift}
+        name = max(above, key=lambda name: float(above[name].max()))
+        flat = int(above[name].argmax())
+        index = [int(i) for i in torch.unravel_index(torch.tensor(flat), self.shift[name].shape)]
+        label = name + (f"{index}" if index else "")
+        return label, float(self.shift[name].flatten()[flat]), math.exp(float(self.log_sd[name].flatten()[flat]))
+
+    def _largest(self, name: str) -> Tensor:
+        return torch.maximum(self.shift[name].abs(), self.log_sd[name].abs())
+
+
+def corrected(draws: PosteriorDraws) -> Effects | None:
+    """Compare the guide's moments with those of its draws under smoothed weights, on the reals; None without latents.
+
+    To be believed as far as k-hat allows. Each element of the kept plates has weights of its own.
+
+    Args:
+        draws: of the guide.
+    """
+    log_w, _ = psis(draws.log_weight)
+    noise = effective_sample_size(draws.log_weight).rsqrt()
+    shift, log_sd, noises = {}, {}, {}
+    for name, values in _numbers(draws).items():
+        own = draws.site_plates[name]
+        sizes = zip(own, values.shape[1 : 1 + len(own)], strict=True)
+        shape = [size if plate in draws.plates else 1 for plate, size in sizes] + [1] * (values.dim() - 1 - len(own))
+        weights = log_w.exp().reshape(-1, *shape)
+        mean, sd = _moments(values, torch.full_like(weights, 1 / values.shape[0]))
+        new_mean, new_sd = _moments(values, weights)
+        shift[name], log_sd[name] = _compare(mean, sd, new_mean, new_sd)
+        noises[name] = noise.reshape(shape).expand_as(mean)
+    return Effects(shift, log_sd, noises) if shift else None
+
+
+def _numbers(draws: PosteriorDraws) -> dict[str, Tensor]:
+    """Return values on the reals, or as they are where discrete."""
+    return {name: draws.unconstrained.get(name, value).double() for name, value in draws.values.items()}
+
+
+def _moments(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    mean = (weights * values).sum(0)
+    return mean, (weights * (values - mean).square()).sum(0).sqrt()
+
+
+def _compare(mean: Tensor, sd: Tensor, other: Tensor, other_sd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shift in the other's standard deviations and the log ratio; zero where neither varies."""
+    varies = (sd > 0) & (other_sd > 0)
+    shift = torch.where(varies, (mean - other) / torch.where(varies, other_sd, 1.0), 0.0)
+    return shift, torch.where(varies, torch.where(varies, sd / other_sd, 1.0).log(), 0.0)
+
+
+def drift(bracket: Bracket) -> Effects | None:
+    """Compare the guide's moments with those at the ends of annealed chains; None without continuous latents.
+
+    Args:
+        bracket: of an annealing run.
+    """
+    return _between(bracket.before, bracket.after)
+
+
+def against(draws: PosteriorDraws, reference: Mapping[str, Tensor]) -> Effects | None:
+    """Compare the guide's moments with those of other draws of the posterior.
+
+    Args:
+        draws: of the guide.
+        reference: ``[num_draws, *plates, *event]`` by latent site; sites that are missing are not compared.
+
+    Raises:
+        ValueError: draws of another shape; the site is named.
+    """
+    for name in reference:
+        if name in draws.values and reference[name].shape[1:] != draws.values[name].shape[1:]:
+            raise ValueError(
+                f"the reference's draws of site '{name}' have shape {tuple(reference[name].shape)}; expected "
+                f"[num_draws, *{list(draws.values[name].shape[1:])}]."
+            )
+    shared = [name for name in draws.values if name in reference]
+    return _between({name: draws.values[name] for name in shared}, {name: reference[name] for name in shared})
+
+
+def _between(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Effects | None:
+    shift, log_sd, noises = {}, {}, {}
+    for name, values in own.items():
+        first, second = values.double(), other[name].double()
+        sd, other_sd = first.std(0), second.std(0)
+        shift[name], log_sd[name] = _compare(first.mean(0), sd, second.mean(0), other_sd)
+        share = log_sd[name].clamp(max=10.0).exp().square() / first.shape[0] + 1 / second.shape[0]
+        noises[name] = share.sqrt()
+    return Effects(shift, log_sd, noises) if shift else None
+
+
+@torch.no_grad()
+def score_balance(
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 200,
+    *,
+    chunk_size: int = 100,
+    seed: int | None = None,
+) -> Effects:
+    r"""Return :math:`\sigma E_q[\partial \log p - \partial \log q]` of each random coordinate of the guide.
+
+    On the reals. For a Gaussian posterior and guide of equal spread it is the distance of their means in standard deviations. Its
+    ``log_sd`` is zero: it speaks of location only.
+
+    Args:
+        model: a Pyro model that can be vectorised.
+        guide: its guide, with continuous random sites.
+        args: their positional arguments.
+        kwargs: their keyword arguments.
+        num_samples: draws.
+        chunk_size: draws made in one run.
+        seed: of these draws alone; by default they use the global random state.
+
+    Raises:
+        ValueError: a discrete site or one whose support is not fixed; the site is named.
+    """
+    slopes: dict[str, list[Tensor]] = {}
+    points: dict[str, list[Tensor]] = {}
+    with seeded(seed):
+        for _ in range(max(1, num_samples // chunk_size)):
+            target = Target(make_sampler(model, guide, args, kwargs, min(chunk_size, num_samples)))
+            _, (of_guide, of_model) = target.slopes(target.start, 0.0, 1.0)
+            for name, value in target.start.items():
+                slopes.setdefault(name, []).append(of_model[name] - of_guide[name])
+                points.setdefault(name, []).append(value)
+    shift, noise = {}, {}
+    for name, parts in slopes.items():
+        slope = torch.cat(parts) * torch.cat(points[name]).std(0)
+        shift[name] = slope.mean(0)
+        noise[name] = slope.std(0) / math.sqrt(slope.shape[0])
+    return Effects(shift, {name: torch.zeros_like(value) for name, value in shift.items()}, noise)
