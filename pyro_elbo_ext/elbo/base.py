@@ -18,7 +18,11 @@ from pyro_elbo_ext.gradients.pathwise import Estimate
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
 from pyro_elbo_ext.tracing import forked_rng
 
-__all__ = ["ParticleELBO"]
+__all__ = ["NonFiniteError", "ParticleELBO"]
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is not finite; nothing was updated."""
 
 
 class ParticleELBO(ELBO):
@@ -152,7 +156,7 @@ class ParticleELBO(ELBO):
         """Return the loss in nats.
 
         Raises:
-            ValueError: a log-weight is not finite; site and particle are named.
+            NonFiniteError: a log-weight is not finite; site and particle are named.
         """
         return -self._checked(model, guide, args, kwargs)[1]
 
@@ -160,7 +164,7 @@ class ParticleELBO(ELBO):
         """Return the loss in nats and add its gradient to the parameters'.
 
         Raises:
-            ValueError: a log-weight is not finite; site and particle are named, and no gradient was added.
+            NonFiniteError: a log-weight is not finite; site and particle are named, and no gradient was added.
         """
         estimate, value = self._checked(model, guide, args, kwargs)
         if estimate.objective.requires_grad:
@@ -177,16 +181,18 @@ class ParticleELBO(ELBO):
             invalid = bad & (log_w != -math.inf)
             if self.nonfinite == "raise" and invalid.any():
                 hint = self._can_drop and not self._zero_weight_is_fatal
-                raise ValueError(_describe(estimate.particles, invalid, droppable=hint))
+                raise NonFiniteError(_describe(estimate.particles, invalid, droppable=hint))
             if self._zero_weight_is_fatal:  # an average of logs is -inf with any one of them
-                raise ValueError(_describe(estimate.particles, bad))
+                raise NonFiniteError(_describe(estimate.particles, bad))
             if bad.all(0).any():
-                raise ValueError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
+                raise NonFiniteError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
             self.num_dropped += int(invalid.sum())
             estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
             value = float(estimate.objective.detach())
         if not math.isfinite(value):
-            raise ValueError(_describe(estimate.particles, bad) if num_bad else _describe_constant(estimate.particles))
+            raise NonFiniteError(
+                _describe(estimate.particles, bad) if num_bad else _describe_constant(estimate.particles)
+            )
         return estimate, value
 
 

@@ -1,0 +1,122 @@
+"""The arguments of each step: always the same, or minibatches, taken up again where a run was interrupted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Generator
+
+from pyro_elbo_ext.run.checkpoint import get_rng_state, set_rng_state
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """Hands out the positional arguments of each step.
+
+    Args:
+        batches: None for the same arguments in every step; a function of the number of the step; or minibatches that
+            can be gone through again and again, such as a list or a ``DataLoader``. A minibatch that is a tuple or a
+            list is so many arguments.
+        args: what follows the minibatch.
+
+    Raises:
+        TypeError: ``batches`` is none of those.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, batches: Callable[[int], Any] | Iterable | None, args: tuple) -> None:
+        if batches is not None and not callable(batches) and not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches must be a function of the step or minibatches to iterate over, got {type(batches).__name__}"
+            )
+        self._batches, self._args = batches, args
+        self._iterator: Iterator | None = None
+        self._position = 0  # in the epoch
+        self._epoch: dict[str, Any] = {}  # the random state when it began
+
+    @property
+    def can_restart(self) -> bool:
+        """False for an iterator that can be gone through once."""
+        return not isinstance(self._batches, Iterator)
+
+    def take(self, step: int) -> tuple:
+        """Return the arguments of a step, the first of which is 0."""
+        if self._batches is None:
+            return self._args
+        if callable(self._batches):
+            return (*_arguments(self._batches(step)), *self._args)
+        for _ in range(2):
+            if self._iterator is None:
+                self._begin()
+            batch = next(self._iterator, _END)  # type: ignore[arg-type]
+            if batch is not _END:
+                self._position += 1
+                return (*_arguments(batch), *self._args)
+            if not self.can_restart:
+                break
+            self._iterator = None
+        what = "came to its end" if not self.can_restart else "is empty"
+        raise ValueError(f"batches {what} at step {step}: give something that can be gone through again, as a list.")
+
+    def samples(self, num: int) -> Iterator[tuple]:
+        """Return arguments for ``num`` evaluations, from an epoch of their own; the run's own goes on where it was.
+
+        Call it where the random state is kept, as in ``forked_rng()``.
+
+        Raises:
+            ValueError: the minibatches can be gone through once only.
+        """
+        if self._batches is None:
+            return itertools.repeat(self._args, num)
+        if callable(self._batches):
+            return ((*_arguments(self._batches(step)), *self._args) for step in range(num))
+        if not self.can_restart:
+            raise ValueError("batches can be gone through once only, and a staged stop needs some for evaluation.")
+        return ((*_arguments(batch), *self._args) for batch in itertools.islice(self._again(), num))
+
+    def _again(self) -> Iterator:
+        generator = self._generator
+        kept = None if generator is None else generator.get_state()
+        try:
+            while True:
+                yield from self._batches  # type: ignore[misc]
+        finally:
+            if generator is not None:
+                generator.set_state(kept)
+
+    def _begin(self) -> None:
+        self._epoch = {"rng": get_rng_state()}
+        if self._generator is not None:
+            self._epoch["generator"] = self._generator.get_state()
+        self._iterator, self._position = iter(self._batches), 0  # type: ignore[arg-type]
+
+    @property
+    def _generator(self) -> Generator | None:
+        found = getattr(self._batches, "generator", None)
+        return found if isinstance(found, Generator) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the run is in its minibatches."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where :meth:`state_dict` was, through the epoch's minibatches. Leaves another random state behind."""
+        if not state["epoch"] or self._batches is None or callable(self._batches):
+            return
+        set_rng_state(state["epoch"]["rng"])
+        if self._generator is not None:
+            self._generator.set_state(state["epoch"]["generator"])
+        self._begin()
+        for _ in range(state["position"]):
+            next(self._iterator)  # type: ignore[arg-type]
+        self._position = state["position"]
+
+
+_END = object()
+
+
+def _arguments(batch: Any) -> tuple:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

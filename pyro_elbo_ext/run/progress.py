@@ -1,0 +1,57 @@
+"""A line that says how far a run is."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm.auto import tqdm
+
+__all__ = ["Progress", "smoothed"]
+
+WINDOW = 100  # losses that are averaged
+
+
+class Progress:
+    """A progress bar with the mean of the last losses and its standard error; nothing where nobody looks.
+
+    Args:
+        total: number of steps.
+        done: those that were taken before.
+        shown: False for no bar; True for one if the output is a terminal.
+        file: the output, the standard error by default.
+    """
+
+    def __init__(self, total: int, done: int = 0, shown: bool = True, file: TextIO | None = None) -> None:
+        self._bar: Any = tqdm(
+            total=total, initial=done, disable=None if shown else True, file=file or sys.stderr, dynamic_ncols=True
+        )
+        self._shown = -math.inf
+
+    def after_step(self, losses: list[float], stage: int, skipped: int) -> None:
+        """Count a step; the numbers are renewed as often as the bar itself."""
+        self._bar.update()
+        if self._bar.disable or self._bar.last_print_t == self._shown:
+            return
+        self._shown = self._bar.last_print_t
+        mean, error = smoothed(losses)
+        text = f"loss {mean:.2f} ± {error:.2f}"
+        text += f", stage {stage + 1}" if stage else ""
+        text += f", {skipped} skipped" if skipped else ""
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self._bar.close()
+
+
+def smoothed(losses: list[float] | np.ndarray, window: int = WINDOW) -> tuple[float, float]:
+    """Return the mean of the last finite losses and its standard error, both NaN where there are none."""
+    last = np.asarray(losses[-window:], dtype=float)
+    last = last[np.isfinite(last)]
+    if not len(last):
+        return math.nan, math.nan
+    error = last.std(ddof=1) / math.sqrt(len(last)) if len(last) > 1 else math.nan
+    return float(last.mean()), float(error)
