@@ -168,7 +168,7 @@ def _weighted(job: Job, guide: Callable, pair: Survey) -> _Drawn:
         attrs["elbo_se"] = float(bounds.std()) / math.sqrt(job.num_samples)
     if job.num_samples >= MIN_SAMPLES:
         attrs["pareto_k"] = float(pareto_k(joint))
-        if draws.plates:
+        if draws.plates and "svi" in job.groups:
             by_plate["pareto_k"] = (draws.plates, pareto_k(draws.log_weight))
     if job.correct == "resample":  # equal weights, which are not worth a column
         values, log_joint = resample(draws)
