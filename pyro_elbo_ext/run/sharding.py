@@ -280,8 +280,8 @@ def _check_split(reports: Sequence[Report]) -> None:
     for plate, rows in reports[0].rows.items():
         if all(report.rows.get(plate) == rows for report in reports):
             warnings.warn(
-                f"all processes drew the same rows of plate '{plate}': their random states are equal. Seed before "
-                "DistributedSVI is made, or by its seed=; or after it with seed + svi.rank.",
+                f"all processes have the same rows of plate '{plate}'. If it drew them, their random states are equal: "
+                "seed before DistributedSVI is made, or by its seed=; or after it with seed + svi.rank.",
                 stacklevel=2,
             )
 

@@ -1,6 +1,6 @@
 """One of the processes of test_distributed.py: runs every check, and writes what it found as JSON.
 
-    python distributed_worker.py RANK WORLD_SIZE FOLDER
+    python distributed_worker.py RANK WORLD_SIZE FOLDER [DEVICE]
 
 Random numbers are looked up by row and particle, so that a process draws for its rows what one process would draw for
 them, and averages can be held against one process's gradients digit by digit.
@@ -53,10 +53,10 @@ class Noise:
     """What ``randn`` and ``bernoulli`` return: the same for a row and a particle wherever they are drawn."""
 
     def __init__(self):
-        made = torch.Generator().manual_seed(0)
-        self.local = torch.randn(PARTICLES, N, LATENT, generator=made)
-        self.uniform = torch.rand(PARTICLES, N, generator=made)
-        self.world = torch.randn(PARTICLES, 64, generator=made)
+        made = torch.Generator("cpu").manual_seed(0)
+        self.local = torch.randn(PARTICLES, N, LATENT, generator=made, device="cpu").to(X.device)
+        self.uniform = torch.rand(PARTICLES, N, generator=made, device="cpu").to(X.device)
+        self.world = torch.randn(PARTICLES, 64, generator=made, device="cpu").to(X.device)
         self.rows, self.particles = torch.arange(N), slice(0, PARTICLES)
 
     def normal(self, *shape, **kwargs):
@@ -83,7 +83,8 @@ class Noise:
 
 def shards(step):
     """The rows of one step: of both processes, and of this one."""
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(step))[: 2 * BATCH]
+    order = torch.randperm(N, generator=torch.Generator("cpu").manual_seed(step), device="cpu")
+    order = order[: 2 * BATCH].to(X.device)
     return order, order[RANK * BATCH : (RANK + 1) * BATCH]
 
 
@@ -338,7 +339,7 @@ def draws_differ_between_processes():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         again.step()
-    assert any("all processes drew the same rows of plate 'data'" in str(w.message) for w in found)
+    assert any("all processes have the same rows of plate 'data'" in str(w.message) for w in found)
 
 
 @check
@@ -479,7 +480,7 @@ def refusals():
     pair, shared = (regression, regression_guide), {"particles": "shared"}
     return {
         "names": (ValueError, "parameter 'v_loc' is missing on rank 0 but", step(full_plate, odd_names, trace, same)),
-        "shapes": (ValueError, "'more' is of shape (2,), torch.float64, cpu on rank 0 but of shape (3,)",
+        "shapes": (ValueError, "'more' is of shape (2,), torch.float64",
                    step(full_plate, odd_shapes, trace, same)),
         "batch": (ValueError, "plate 'data' is 3 of 24 rows on rank 0 but 4 of 24 rows on rank 1",
                   step(*pair, trace, torch.arange(3 + RANK))),
@@ -596,9 +597,10 @@ def survive(folder):
     return {}
 
 
-def main(rank, world_size, folder):
-    global RANK
-    RANK = rank
+def main(rank, world_size, folder, device="cpu"):
+    global RANK, X, Y
+    RANK, X, Y = rank, X.to(device), Y.to(device)
+    torch.set_default_device(device)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("error")
@@ -614,4 +616,4 @@ def main(rank, world_size, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
