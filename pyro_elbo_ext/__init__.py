@@ -16,6 +16,7 @@ from pyro_elbo_ext.elbo import (
 )
 from pyro_elbo_ext.guides import AutoFlow, AutoPlatedFlow, FlowDistribution, make_flow
 from pyro_elbo_ext.natural import NaturalGradient
+from pyro_elbo_ext.run import DistributedSVI, FitResult, StagedStop, fit, load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "AutoFlow",
     "AutoPlatedFlow",
     "CIWAE_ELBO",
+    "DistributedSVI",
+    "FitResult",
     "FlowDistribution",
     "IWAE_ELBO",
     "MIWAE_ELBO",
@@ -34,7 +37,11 @@ __all__ = [
     "ReweightedWakeSleep_ELBO",
     "ScoreFunction_ELBO",
     "ScoreRegression_ELBO",
+    "StagedStop",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
+    "fit",
+    "load_checkpoint",
     "make_flow",
+    "save_checkpoint",
 ]

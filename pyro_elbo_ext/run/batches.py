@@ -78,14 +78,13 @@ class Batches:
         return ((*_arguments(batch), *self._args) for batch in itertools.islice(self._again(), num))
 
     def _again(self) -> Iterator:
-        generator = self._generator
-        kept = None if generator is None else generator.get_state()
+        generator = self._generator or Generator()
+        kept = generator.get_state()
         try:
             while True:
                 yield from self._batches  # type: ignore[misc]
         finally:
-            if generator is not None:
-                generator.set_state(kept)
+            generator.set_state(kept)
 
     def _begin(self) -> None:
         self._epoch = {"rng": get_rng_state()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -14,10 +14,12 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import SVI
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.natural.optim import NaturalGradient
 from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["get_rng_state", "load_checkpoint", "read_checkpoint", "save_checkpoint", "set_rng_state"]
@@ -68,9 +70,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is truncated, of another kind, or of a later version.
     """
+    data = io.BytesIO(Path(path).read_bytes())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        content = torch.load(data, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many types, by where the file ends
         raise ValueError(
             f"'{path}' cannot be read as a checkpoint: it is truncated, or another kind of file. Nothing was changed. "
             "Remove it, or name another file, to start anew."
@@ -176,8 +179,9 @@ def _memory(svi: SVI) -> Any | None:
 
 def _kind(svi: SVI) -> dict[str, str]:
     elbo = getattr(svi.loss, "__self__", svi.loss)
-    constructor = getattr(svi.optim, "pt_optim_constructor", None)
-    optim = type(svi.optim).__name__ + (f"({constructor.__name__})" if type(svi.optim) is PyroOptim else "")
+    optim = type(svi.optim).__name__
+    if type(svi.optim) is PyroOptim:
+        optim += f"({getattr(svi.optim.pt_optim_constructor, '__name__', 'of a function')})"
     return {"optimiser": optim, "ELBO": getattr(elbo, "__name__", type(elbo).__name__)}
 
 
@@ -201,14 +205,15 @@ def _make_parameters(svi: SVI, args: tuple, kwargs: dict) -> None:
     """Run the loss once, so that everything that is made when first met is there."""
     with forked_rng(), pyro.poutine.trace(param_only=True) as capture, suppress(NonFiniteError):
         svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
-    pyro.infer.util.zero_grads({site["value"].unconstrained() for site in capture.trace.nodes.values()})
+    nodes: Mapping[str, Any] = capture.trace.nodes
+    zero_grads({site["value"].unconstrained() for site in nodes.values()})
 
 
 def _forget(optim: PyroOptim) -> None:
     """Make an optimiser take the state that it is given for parameters it has seen, too."""
     optim.optim_objs.clear()
     optim.grad_clip.clear()
-    if isinstance(getattr(optim, "inner", None), PyroOptim):
+    if isinstance(optim, NaturalGradient):
         _forget(optim.inner)
 
 

@@ -17,7 +17,9 @@ __all__ = ["Budget", "Run", "StagedStop", "StopRule", "make_stop"]
 class Run(Protocol):
     """What a stopping rule may ask of the run that it watches."""
 
-    losses: list[float]
+    @property
+    def losses(self) -> list[float]:
+        """Losses of all steps, in nats."""
 
     def evaluate(self, num: int, seed: int) -> np.ndarray:
         """Return losses of the parameters as they are, ``[num]``: equal seeds, equal noise and minibatches."""
