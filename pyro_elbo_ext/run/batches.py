@@ -65,16 +65,11 @@ class Batches:
         """Return arguments for ``num`` evaluations, from an epoch of their own; the run's own goes on where it was.
 
         Call it where the random state is kept, as in ``forked_rng()``.
-
-        Raises:
-            ValueError: the minibatches can be gone through once only.
         """
         if self._batches is None:
             return itertools.repeat(self._args, num)
         if callable(self._batches):
             return ((*_arguments(self._batches(step)), *self._args) for step in range(num))
-        if not self.can_restart:
-            raise ValueError("batches can be gone through once only, and a staged stop needs some for evaluation.")
         return ((*_arguments(batch), *self._args) for batch in itertools.islice(self._again(), num))
 
     def _again(self) -> Iterator:

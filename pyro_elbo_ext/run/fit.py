@@ -158,8 +158,8 @@ def fit(
         NonFiniteError: a loss or gradient that is not finite.
         ValueError: a bad argument; a checkpoint that cannot be read, or of another model or run. It is left as it is.
     """
-    _check(num_steps, checkpoint_every, checkpoint, batches)
     started, rule, steps = time.perf_counter(), make_stop(stop), Steps(svi, nonfinite)
+    _check(num_steps, checkpoint_every, checkpoint, batches, rule)
     if seed is not None:
         pyro.set_rng_seed(seed + getattr(svi, "rank", 0))
     state = FitState(svi, Batches(batches, args), kwargs)
@@ -202,14 +202,14 @@ def _result(state: FitState, steps: Steps, rule: StopRule, stopped: str, seconds
     return FitResult(history, loss, error, state.step, steps.num_skipped, stopped, seconds, stages)
 
 
-def _check(num_steps: int, every: int, checkpoint: Any, batches: Any) -> None:
+def _check(num_steps: int, every: int, checkpoint: Any, batches: Any, rule: StopRule) -> None:
     for name, value in (("num_steps", num_steps), ("checkpoint_every", every)):
         if isinstance(value, bool) or value != int(value) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if checkpoint is not None and not Batches(batches, ()).can_restart:
+    if (checkpoint is not None or isinstance(rule, StagedStop)) and not Batches(batches, ()).can_restart:
         raise ValueError(
-            "batches can be gone through once only, and a checkpoint goes on in the middle of them: give a list, a "
-            "DataLoader or a function of the step."
+            "batches can be gone through once only, and a checkpoint goes on in the middle of them, as a staged stop "
+            "takes some for evaluation: give a list, a DataLoader or a function of the step."
         )
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise ValueError(f"there is no folder '{Path(checkpoint).absolute().parent}' to write a checkpoint to.")

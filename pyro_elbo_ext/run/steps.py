@@ -78,34 +78,34 @@ class Steps:
 
     def _watch(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         with pyro.poutine.trace(param_only=True) as capture:
+            error, loss = None, math.nan
             try:
                 loss = self._loss_and_grads(model, guide, *args, **kwargs)
-            except NonFiniteError as error:
-                self._refuse_or_skip(str(error), error)
-                self._seen = Step(math.nan, math.nan, True)
-                return math.nan
+            except NonFiniteError as raised:
+                error = raised
         nodes: Mapping[str, Any] = capture.trace.nodes
         params = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
         value, norm = _number(loss), _norm(params.values())
         finite = math.isfinite(value) and math.isfinite(norm)
         self._seen = Step(value, norm, not finite)
         if not finite:
-            bad = [name for name, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-            zero_grads(params.values())
-            self._refuse_or_skip(self._explain(bad, args, kwargs), None)
+            self._refuse(params, error, args, kwargs)
             for p in params.values():
                 p.grad = None
         return loss
 
-    def _refuse_or_skip(self, why: str, error: Exception | None) -> None:
+    def _refuse(self, params: Mapping[str, Tensor], error: Exception | None, args: tuple, kwargs: Mapping) -> None:
+        """Raise, unless this step may be skipped."""
+        if self.nonfinite == "skip" and self.in_a_row + 1 < MAX_SKIPPED:
+            return
+        why = str(error) if error is not None else self._explain(params, args, kwargs)
+        zero_grads(params.values())
         if self.nonfinite == "raise":
             raise NonFiniteError(f'{why} nonfinite="skip" leaves out single steps.') from error
-        if self.in_a_row + 1 >= MAX_SKIPPED:
-            raise NonFiniteError(f"{MAX_SKIPPED} steps in a row were not finite. {why}") from error
+        raise NonFiniteError(f"{MAX_SKIPPED} steps in a row were not finite. {why}") from error
 
-    def _explain(self, bad: list[str], args: tuple, kwargs: Mapping[str, Any]) -> str:
-        if self.nonfinite == "skip" and self.in_a_row + 1 < MAX_SKIPPED:
-            return ""
+    def _explain(self, params: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]) -> str:
+        bad = [name for name, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
         loss, norm, _ = self._seen
         found = [f"The loss is {loss} and the norm of its gradient {norm}; nothing was updated."]
         found += [text] if (text := _find_site(self.svi, args, kwargs)) else []

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_elbo_ext import NaturalGradient, Price_ELBO, Regression_ELBO, ScoreRegression_ELBO
 from pyro_elbo_ext.families import MULTIVARIATE_NORMAL
 from pyro_elbo_ext.natural import natural_step
+from pyro_elbo_ext.run.checkpoint import get_rng_state, set_rng_state
 from tests.families.test_families import ARGUMENTS, families
 
 SPREAD = {
@@ -352,7 +353,7 @@ def train(steps, folder=None, loss=LOSSES["scores"], auto=AutoNormal, **settings
     if folder is not None:
         svi.optim.save(folder / "optim")
         pyro.get_param_store().save(folder / "params")
-        random = torch.get_rng_state()
+        random = get_rng_state()
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         pyro.get_param_store().load(folder / "params")
@@ -360,7 +361,7 @@ def train(steps, folder=None, loss=LOSSES["scores"], auto=AutoNormal, **settings
         optim.load(folder / "optim")
         svi = SVI(mixed_model, auto(mixed_model), optim, loss())
         svi.guide(), svi.evaluate_loss()
-        torch.set_rng_state(random)
+        set_rng_state(random)
     losses += [svi.step() for _ in range(steps - steps // 2)]
     params = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     with svi.optim.averaged():
