@@ -34,8 +34,8 @@ class Bracket:
         acceptance: mean acceptance rate of the transitions.
         num_chains: chains in each direction.
         num_temperatures: steps of the path.
-        before: latents on the reals at the guide's draws, ``[num_chains, *plates, *event]`` by site.
-        after: the same at the chains' ends. Chains that a guide equal to the posterior started do not move on average.
+        ends: latents on the reals at the chains' ends, ``[num_chains, *plates, *event]`` by site, after ten more
+            transitions at the posterior itself.
     """
 
     lower: float
@@ -45,8 +45,7 @@ class Bracket:
     acceptance: float
     num_chains: int
     num_temperatures: int
-    before: dict[str, Tensor] = field(repr=False)
-    after: dict[str, Tensor] = field(repr=False)
+    ends: dict[str, Tensor] = field(repr=False)
 
 
 def annealed_bracket(
@@ -96,17 +95,17 @@ def annealed_bracket(
         target = Target(sampler)
         if not target.start:
             raise ValueError("the guide has no random site, so there is nothing to anneal from.")
+        start = None
+        if reference is not None:
+            start = leaves_at(target, guide, {n: _rows(value, num_chains) for n, value in reference.items()})
         schedule = find_schedule(target, num_temperatures, num_leapfrog)
         forward, end, acceptance = anneal(target, target.start, schedule)
         end = refine(target, end, schedule, _REFINEMENTS)
-        backward = None
-        if reference is not None:
-            start = leaves_at(target, guide, {n: _rows(value, num_chains) for n, value in reference.items()})
-            backward, _, _ = anneal(target, start, schedule, reverse=True)
-        before, after = (latent_values(target(p)[1], sampler, unconstrained=True) for p in (target.start, end))
+        backward = None if start is None else anneal(target, start, schedule, reverse=True)[0]
+        ends = latent_values(target(end)[1], sampler, unconstrained=True)
     upper, upper_se = (None, None) if backward is None else _total(target, -backward, -1)
     lower, lower_se = _total(target, forward, 1)
-    return Bracket(lower, lower_se or 0.0, upper, upper_se, acceptance, num_chains, num_temperatures, before, after)
+    return Bracket(lower, lower_se, upper, upper_se, acceptance, num_chains, num_temperatures, ends)
 
 
 def _rows(value: Tensor, num: int) -> Tensor:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_elbo_ext.bounds import log_mean_exp

@@ -33,10 +33,11 @@ from pyro_elbo_ext.diagnostics.verdict import (
 )
 from pyro_elbo_ext.diagnostics.weights import effective_sample_size, good_k, k_error, pareto_k
 from pyro_elbo_ext.diagnostics.witnesses import Effects, against, corrected, drift, score_balance
-from pyro_elbo_ext.tracing import forked_rng, run_pair
+from pyro_elbo_ext.tracing import Hold, forked_rng, run_pair
 
 __all__ = ["Report", "diagnose"]
 
+_CHAINS = 64
 _Pair = tuple[Callable, Callable, tuple, dict[str, Any]]
 _CANNOT = (ValueError, NotImplementedError, torch.linalg.LinAlgError)  # refusals, which are reported
 
@@ -117,10 +118,11 @@ def _evidence_rows(report: Report) -> list[tuple[str, str]]:
 
 def _weight_rows(report: Report) -> list[tuple[str, str]]:
     num = report.draws.num_samples
-    whose = "the worst element" if report.draws.plates else "whole draws"
-    rows = [("ESS", f"{report.ess:.0f} of {num} draws, {whose}")]
-    error = k_error(report.k, num)
-    rows.append(("k-hat", f"{report.k:.2f} ± {error:.2f} of whole draws; {num} draws allow {good_k(num):.2f}"))
+    whose = ", the worst element" if report.draws.plates else ""
+    rows = [("ESS", f"{report.ess:.0f} of {num} draws{whose}")]
+    note = ", which grows with the number of elements" if report.draws.plates else ""
+    text = f"{report.k:.2f} ± {k_error(report.k, num):.2f} of whole draws{note}; {num} draws allow {good_k(num):.2f}"
+    rows.append(("k-hat", text))
     for tails in report.local:
         k = tails.k
         given = "" if report.draws.plates else " given the latents outside"
@@ -158,7 +160,7 @@ def diagnose(
         *args: their positional arguments; a subsampled plate must hold all latents.
         num_samples: draws of the guide, at least 100.
         particles: numbers of particles K of the importance-weighted bound.
-        temperatures: steps of annealing with 32 chains; 0 leaves it out.
+        temperatures: steps of annealing with 64 chains; 0 leaves it out.
         max_seconds: annealing that is estimated to take longer is left out.
         reference: draws of the posterior, ``[num_draws, *plates, *event]`` by latent site.
         refit: from observations by site to a guide, or draws, for simulation-based calibration with 100 data sets; see
@@ -178,6 +180,8 @@ def diagnose(
     skipped: dict[str, str] = {}
     with seeded(seed):
         draws = posterior_draws(*pair, num_samples, vectorize=vectorize)
+        if draws.indices:  # all witnesses look at one minibatch
+            pair = (Hold(draws.indices)(model), Hold(draws.indices)(guide), args, kwargs)
         k = float(pareto_k(draws.joint_log_weight))
         local = _local(draws, pair, skipped)
         bounds = importance_bounds(draws, particles)
@@ -189,7 +193,7 @@ def diagnose(
         calibration = None if refit is None else calibrate(model, refit, args, kwargs)
         gradients = {} if loss is None else gradient_summaries(loss, *pair)
     correction = corrected(draws)
-    moved = None if bracket is None else drift(bracket)
+    moved = None if bracket is None else drift(draws, bracket)
     compared = None if reference is None else against(draws, reference)
     findings = _findings(draws, k, local, bounds, correction, score, bracket, moved, compared, calibration)
     verdict, reason = decide(findings)
@@ -246,14 +250,14 @@ def _annealed(
 
     def look() -> Bracket | None:
         with forked_rng():
-            target = Target(make_sampler(*pair, 32))
+            target = Target(make_sampler(*pair, _CHAINS))
             start = time.perf_counter()
             target.slopes(target.start, 0.5)
             seconds = (time.perf_counter() - start) * 12 * temperatures * (1.5 if reference else 1)
         if seconds > max_seconds:
             skipped["annealing"] = f"it would take about {seconds:.0f} s, more than max_seconds={max_seconds:g}"
             return None
-        return annealed_bracket(*pair, num_temperatures=temperatures, reference=reference)
+        return annealed_bracket(*pair, num_chains=_CHAINS, num_temperatures=temperatures, reference=reference)
 
     return _tried("annealing", skipped, look)
 
@@ -278,15 +282,15 @@ def _findings(
         judge_gap(bounds, units, coordinates),
     ]
     if correction is not None and found[0].level < 2:
-        found.append(judge_effects("correction", correction, "smoothed weights move the guide"))
+        found.append(judge_effects("correction", correction, "the guide less its weighted draws"))
     if score is not None:
         found.append(judge_score(score))
     if bracket is not None:
-        found.append(judge_annealing(bracket, draws.importance_weighted, bounds[-1].se))
+        found.append(judge_annealing(bracket, draws.importance_weighted, bounds[-1].se, units))
     if moved is not None:
-        found.append(judge_effects("chains", moved, "annealed chains move"))
+        found.append(judge_effects("chains", moved, "the guide less annealed chains"))
     if compared is not None:
-        found.append(judge_effects("reference", compared, "distance from the reference"))
+        found.append(judge_effects("reference", compared, "the guide less the reference"))
     if calibration is not None:
         found.append(judge_calibration(calibration))
     return found

@@ -77,27 +77,26 @@ def judge_gap(bounds: Sequence[BoundPoint], units: float, coordinates: float) ->
 
 def judge_effects(witness: str, effects: Effects, what: str) -> Finding:
     """Judge shifts of means and ratios of standard deviations."""
-    name, shift, ratio = effects.worst
-    text = f"{what}: at most {abs(shift):.2f} sd in mean"
+    name, shift, ratio, noise = effects.worst
+    text = f"{what}: {shift:+.2f} ± {noise:.2f} sd in mean"
     text += f", sd ratio {ratio:.2f}" if any(float(r.abs().max()) > 0 for r in effects.log_sd.values()) else ""
-    return Finding(witness, level_of(effects.size), f"{text} ({name})")
+    return Finding(witness, level_of(effects.size), f"{text} at {name}, the worst")
 
 
 def judge_score(effects: Effects) -> Finding:
     """Judge the slope under the guide; forgiving, for in narrow directions a small step changes it much."""
-    name, shift, _ = effects.worst
+    name, shift, _, noise = effects.worst
     level = 0 if effects.size <= 0.3 else 1 if effects.size <= 1 else 2
-    return Finding("score", level, f"the guide should move by about {shift:+.2f} of its sd at {name}")
+    return Finding("score", level, f"the slope asks for {shift:+.2f} ± {noise:.2f} sd at {name}, the worst")
 
 
-def judge_annealing(bracket: Bracket, bound: float, bound_se: float) -> Finding:
-    """Judge whether annealing finds more evidence than the weights did."""
-    excess = bracket.lower - bound
-    error = math.hypot(bracket.lower_se, bound_se)
+def judge_annealing(bracket: Bracket, bound: float, bound_se: float, units: float) -> Finding:
+    """Judge whether annealing finds more evidence than the weights did, in nats per independent element."""
+    excess = (bracket.lower - bound) / units
+    error = math.hypot(bracket.lower_se, bound_se) / units
     level = 0 if excess <= 0.25 + 2 * error else 1 if excess <= 1 + 3 * error else 2
-    return Finding(
-        "annealing", level, f"annealing finds {excess:+.2f} ± {error:.2f} nats beyond all draws in one bound"
-    )
+    each = "" if units == 1 else " an element"
+    return Finding("annealing", level, f"it finds {excess:+.2f} ± {error:.2f} nats{each} beyond all draws in one bound")
 
 
 def judge_calibration(calibration: Calibration) -> Finding:
@@ -155,7 +154,7 @@ def advise(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
     if verdict is Verdict.REWEIGHT:
         advice.append("weight or resample the draws: to_arviz(..., correct='psis')")
     if level.get("score", 0):
-        advice.append("train longer, with a smaller step or averaged iterates: the guide's location is not settled")
+        advice.append("longer training, a smaller step or averaged iterates, if the guide's family can move there")
     if level["weights"] == 2 or level["gap"]:
         advice.append(
             "a guide that can hold the posterior's shape: AutoMultivariateNormal, AutoFlow, or AutoPlatedFlow for "
@@ -163,7 +162,7 @@ def advise(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
         )
     if level["gap"] and level["weights"] < 2:
         advice.append("IWAE_ELBO, whose guide covers more of the posterior, and its draws reweighted")
-    if {"annealing", "chains"} & {name for name, value in level.items() if value == 2}:
+    if verdict is Verdict.BAD and {"annealing", "chains"} & {name for name, value in level.items() if value == 2}:
         advice.append("restarts from other initial values, AutoFlow.warm_start or init_loc_fn: mass lies elsewhere")
     if level.get("calibration", 0) == 2:
         advice.append("what the calibration says of each site")

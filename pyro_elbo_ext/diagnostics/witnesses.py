@@ -49,14 +49,15 @@ class Effects(NamedTuple):
         return float(torch.quantile(sizes.clamp(min=0.0), 0.95, interpolation="higher"))
 
     @property
-    def worst(self) -> tuple[str, float, float]:
-        """Name of the coordinate that stands out most, its shift, and its ratio of standard deviations."""
-        above = {name: (self._largest(name) - self.noise[name]).flatten() for name in self.shift}
+    def worst(self) -> tuple[str, float, float, float]:
+        """Name of the coordinate that stands out most, its shift, its ratio of standard deviations, and the noise."""
+        above = {name: (self._largest(name) - 2 * self.noise[name]).flatten() for name in self.shift}
         name = max(above, key=lambda name: float(above[name].max()))
         flat = int(above[name].argmax())
         index = [int(i) for i in torch.unravel_index(torch.tensor(flat), self.shift[name].shape)]
         label = name + (f"{index}" if index else "")
-        return label, float(self.shift[name].flatten()[flat]), math.exp(float(self.log_sd[name].flatten()[flat]))
+        shift, log_sd, noise = (float(part[name].flatten()[flat]) for part in self)
+        return label, shift, math.exp(log_sd), noise
 
     def _largest(self, name: str) -> Tensor:
         return torch.maximum(self.shift[name].abs(), self.log_sd[name].abs())
@@ -102,13 +103,14 @@ def _compare(mean: Tensor, sd: Tensor, other: Tensor, other_sd: Tensor) -> tuple
     return shift, torch.where(varies, torch.where(varies, sd / other_sd, 1.0).log(), 0.0)
 
 
-def drift(bracket: Bracket) -> Effects | None:
-    """Compare the guide's moments with those at the ends of annealed chains; None without continuous latents.
+def drift(draws: PosteriorDraws, bracket: Bracket) -> Effects | None:
+    """Compare the guide's moments with those at the ends of annealed chains, on the reals; None without latents.
 
     Args:
-        bracket: of an annealing run.
+        draws: of the guide.
+        bracket: of an annealing run, with the minibatch of the draws.
     """
-    return _between(bracket.before, bracket.after)
+    return _between(draws.unconstrained, bracket.ends)
 
 
 def against(draws: PosteriorDraws, reference: Mapping[str, Tensor]) -> Effects | None:
@@ -155,8 +157,8 @@ def score_balance(
 ) -> Effects:
     r"""Return :math:`\sigma E_q[\partial \log p - \partial \log q]` of each random coordinate of the guide.
 
-    On the reals. For a Gaussian posterior and guide of equal spread it is the distance of their means in standard deviations. Its
-    ``log_sd`` is zero: it speaks of location only.
+    On the reals. For a Gaussian posterior and guide of equal spread it is the distance of their means in standard
+    deviations. Its ``log_sd`` is zero: it speaks of location only.
 
     Args:
         model: a Pyro model that can be vectorised.
