@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_elbo_ext.diagnostics.export import histories
 from pyro_elbo_ext.diagnostics.weights import good_k
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def plot_trace(history: Any, window: int | None = None, ax: Axes | None = None) 
         ax: where to draw.
 
     Raises:
-        ValueError: the history has no losses, or another number of stages than of losses.
+        ValueError: the history has no losses, or columns of different lengths.
     """
     columns = _history(history)
     bound = -columns["loss"]
@@ -327,16 +328,10 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _history(history: Any) -> dict[str, np.ndarray]:
-    columns = getattr(history, "history", history)
-    if not isinstance(columns, Mapping) or "loss" not in columns or len(columns["loss"]) == 0:
-        raise ValueError(
-            "history must be a mapping with the losses of at least one step under 'loss', or a result of fit that has "
-            f"one; got {type(history).__name__}" + (f" with {list(columns)}" if isinstance(columns, Mapping) else "")
-        )
-    arrays = {name: _array(columns[name]).astype(float) for name in ("loss", "stage") if name in columns}
-    if any(len(values) != len(arrays["loss"]) for values in arrays.values()):
-        raise ValueError(f"history has {len(arrays['loss'])} losses but {len(arrays['stage'])} values of 'stage'.")
-    return arrays
+    columns = {name: values.astype(float) for name, (_, values) in histories(history, 1).items()}
+    if not len(columns.get("loss", ())):
+        raise ValueError(f"history must have the loss of at least one step under 'loss'; it has {list(columns)}.")
+    return columns
 
 
 def _running(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
