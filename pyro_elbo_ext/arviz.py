@@ -149,6 +149,10 @@ def loo(data: Any, var_name: str | None = None) -> Any:
     the posterior. Where weights factorise over plates, those of the observation's own plate element are taken. Draws
     of ``correct="resample"`` have no weight left. ``p_loo`` compares with the plain mean over the draws, as ArviZ does.
 
+    Where every latent belongs to one observation, as in a VAE, leaving it out leaves the prior: the value is the
+    observation's log-evidence, its k-hat is high for good guides too, and an importance-weighted bound is the better
+    estimate of the same number.
+
     References:
         Bayesian leave-one-out cross-validation for large data (Magnusson, Andersen, Jonasson, Vehtari, 2019,
         arXiv:1904.10679).
