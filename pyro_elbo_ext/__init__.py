@@ -1,5 +1,7 @@
-"""Tighter bounds, better gradients, natural-gradient steps and flow guides for Pyro's own SVI."""
+"""Tighter bounds, better gradients, natural-gradient steps and flow guides for Pyro's own SVI, fitted and judged."""
 
+from pyro_elbo_ext.arviz import loo, to_arviz
+from pyro_elbo_ext.diagnostics import diagnose
 from pyro_elbo_ext.elbo import (
     CIWAE_ELBO,
     IWAE_ELBO,
@@ -40,8 +42,11 @@ __all__ = [
     "StagedStop",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
+    "diagnose",
     "fit",
     "load_checkpoint",
+    "loo",
     "make_flow",
     "save_checkpoint",
+    "to_arviz",
 ]
