@@ -85,9 +85,10 @@ def judge_effects(witness: str, effects: Effects, what: str) -> Finding:
 
 def judge_score(effects: Effects) -> Finding:
     """Judge the slope under the guide; forgiving, for in narrow directions a small step changes it much."""
-    name, shift, _, noise = effects.worst
+    name, shift, ratio, noise = effects.worst
     level = 0 if effects.size <= 0.3 else 1 if effects.size <= 1 else 2
-    return Finding("score", level, f"the slope asks for {shift:+.2f} ± {noise:.2f} sd at {name}, the worst")
+    text = f"the guide by its slope: {shift:+.2f} ± {noise:.2f} sd in mean, sd ratio {ratio:.2f} at {name}, the worst"
+    return Finding("score", level, text)
 
 
 def judge_annealing(bracket: Bracket, bound: float, bound_se: float, units: float) -> Finding:

@@ -5,7 +5,8 @@ means wrong by more than a standard deviation. Each witness here looks another w
 
 - :func:`corrected`: do smoothed importance weights move means and standard deviations?
 - :func:`score_balance`: :math:`E_q[\nabla \log p - \nabla \log q]` is zero if q is the posterior, by Stein's identity,
-  and at the optimum of any guide that can be shifted. It sees a slope under the guide, however far away the mass.
+  and at the optimum of any guide that can be shifted. It sees a slope under the guide, however far away the mass, and a
+  guide so narrow that the posterior is flat under it, whose weights are all alike.
 - :func:`drift`: do chains that anneal from guide to posterior end elsewhere than they began?
 - :func:`against`: draws of the posterior from elsewhere.
 
@@ -155,10 +156,13 @@ def score_balance(
     chunk_size: int = 100,
     seed: int | None = None,
 ) -> Effects:
-    r"""Return :math:`\sigma E_q[\partial \log p - \partial \log q]` of each random coordinate of the guide.
+    r"""Return where the posterior's slope under the guide puts each random coordinate of the guide, on the reals.
 
-    On the reals. For a Gaussian posterior and guide of equal spread it is the distance of their means in standard
-    deviations. Its ``log_sd`` is zero: it speaks of location only.
+    With :math:`\sigma` the guide's standard deviation, :math:`c = -E_q[(u - \bar u)\, \partial \log p]` is
+    :math:`\sigma^2 / \sigma_p^2` for a Gaussian posterior, whose sd given the other coordinates is :math:`\sigma_p`,
+    and :math:`-\sigma E_q[\partial \log p] / \sqrt c` the distance of the guide's mean in units of that. They are 1
+    and 0 if the guide is the posterior, and at the optimum of a Gaussian guide with independent coordinates: what that
+    optimum lacks they do not see. The guide's own score is the control variate, so at the posterior there is no noise.
 
     Args:
         model: a Pyro model that can be vectorised.
@@ -172,18 +176,33 @@ def score_balance(
     Raises:
         ValueError: a discrete site or one whose support is not fixed; the site is named.
     """
-    slopes: dict[str, list[Tensor]] = {}
-    points: dict[str, list[Tensor]] = {}
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     with seeded(seed):
         for _ in range(max(1, num_samples // chunk_size)):
             target = Target(make_sampler(model, guide, args, kwargs, min(chunk_size, num_samples)))
             _, (of_guide, of_model) = target.slopes(target.start, 0.0, 1.0)
             for name, value in target.start.items():
-                slopes.setdefault(name, []).append(of_model[name] - of_guide[name])
-                points.setdefault(name, []).append(value)
-    shift, noise = {}, {}
-    for name, parts in slopes.items():
-        slope = torch.cat(parts) * torch.cat(points[name]).std(0)
-        shift[name] = slope.mean(0)
-        noise[name] = slope.std(0) / math.sqrt(slope.shape[0])
-    return Effects(shift, {name: torch.zeros_like(value) for name, value in shift.items()}, noise)
+                found.setdefault(name, []).append((of_model[name], of_guide[name], value))
+    shift, log_sd, noise = {}, {}, {}
+    for name, parts in found.items():
+        slope, own, point = (torch.cat(part).double() for part in zip(*parts, strict=True))
+        shift[name], log_sd[name], noise[name] = _newton(slope, own, point - point.mean(0))
+    return Effects(shift, log_sd, noise)
+
+
+def _newton(slope: Tensor, of_guide: Tensor, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the guide's distance from the top of the parabola that its draws see, log sd ratio, and their noise."""
+    root = math.sqrt(slope.shape[0])
+    pull = _less_noise(slope, of_guide)
+    curve = _less_noise(-centred * slope, -centred * of_guide - 1)
+    ratio = curve.mean(0).clamp(min=1e-6)  # below where the posterior is not concave: as narrow as can be
+    unit = centred.std(0) / ratio.sqrt()
+    errors = pull.std(0) * unit, 0.5 * curve.std(0) / ratio
+    return -pull.mean(0) * unit, 0.5 * ratio.log(), torch.maximum(*errors) / root
+
+
+def _less_noise(values: Tensor, control: Tensor) -> Tensor:
+    """Take off what a control variate of mean zero explains."""
+    centred = control - control.mean(0)
+    share = (centred * values).sum(0) / centred.square().sum(0).clamp(min=1e-300)
+    return values - share * control
