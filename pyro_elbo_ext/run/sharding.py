@@ -194,8 +194,8 @@ def check_reports(reports: Sequence[Report], shared: bool) -> None:
     if len(set(kinds)) > 1:
         doing = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
         raise RuntimeError(
-            f"the processes do different things ({doing}). step, evaluate_loss and barrier are taken by all processes "
-            "together and equally often; keep what only rank 0 does, such as printing and saving, free of them."
+            f"the processes do different things ({doing}). step, evaluate_loss, barrier and gather are taken by all "
+            "processes together and equally often; keep what only rank 0 does, as printing and saving, free of them."
         )
     _raise_problem(reports)
     _check_equal([{slot.name: slot[1:] for slot in report.slots} for report in reports], "parameter")

@@ -37,7 +37,10 @@ from pyro_elbo_ext import (
     ScoreRegression_ELBO,
 )
 from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.run.averaging import Averager, Work
 from pyro_elbo_ext.run.distributed import DistributedSVI
+from pyro_elbo_ext.run.processes import Processes
+from pyro_elbo_ext.run.sharding import Watch
 
 N, BATCH, FEATURES, LATENT, PARTICLES = 24, 4, 3, 2, 8
 TOLERANCE = 1e-12
@@ -209,6 +212,7 @@ def gradients_of_a_lazily_built_flow():
 def gradients_under_a_running_mean():
     loss = ScoreFunction_ELBO(4, "running-mean")
     svi = DistributedSVI(bits_model, bits_guide, SGD({"lr": 0.01}), loss)
+    assert svi.loss.__self__ is svi.loss_and_grads.__self__ is loss  # as in SVI: checkpoints look there
     with Noise() as noise:
         for step in range(4):
             both, own = shards(step)
@@ -319,6 +323,21 @@ def a_parameter_without_a_gradient_here_counts_as_zero():
 
 
 @check
+def dtypes_travel_in_buffers_of_their_own():
+    kinds = {"a": torch.float32, "b": torch.float64, "c": torch.bfloat16}
+    params = {name: torch.zeros(2, dtype=dtype, requires_grad=True) for name, dtype in kinds.items()}
+    for param in params.values():
+        param.grad = torch.full_like(param, 1 + 2 * RANK)
+    averager = Averager(Processes())
+    work = Work("step", None, (1.0 + RANK, 5.0), params, {}, Watch())
+    averager.agree(work)
+    assert averager.add(work if RANK else None) is None  # one has something to say: nothing is taken
+    assert all((param.grad == 1 + 2 * RANK).all() for param in params.values())
+    assert averager.add(work) == (1.5, 5.0)
+    assert all((param.grad == 2).all() and param.grad.dtype is kinds[name] for name, param in params.items())
+
+
+@check
 def draws_differ_between_processes():
     drawn = []
 
@@ -349,7 +368,8 @@ def losses_are_averages_and_the_same_everywhere():
     before = svi.evaluate_loss(own)
     values = [before, svi.step(own), svi.evaluate_loss(own)]
     svi.barrier()
-    assert svi._processes.gather(values) == [values] * 2
+    assert svi.gather(values) == [values] * 2
+    assert svi.gather({"rank": RANK}) == [{"rank": 0}, {"rank": 1}]
     with Noise() as noise:
         noise.rows = own
         value = svi.evaluate_loss(own)

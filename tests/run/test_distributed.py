@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_one_process_is_plain_svi(pair, particles):
         svi = make(*pair, Adam({"lr": 0.1}), IWAE_ELBO(4))
         losses[name] = [svi.step() for _ in range(3)] + [svi.evaluate_loss()]
     assert losses["svi"] == losses["distributed"]
-    assert (svi.rank, svi.world_size, svi.seed, svi.barrier()) == (0, 1, None, None)
+    assert (svi.rank, svi.world_size, svi.seed, svi.barrier(), svi.gather(3)) == (0, 1, None, None, [3])
 
 
 def test_one_process_takes_a_seed():
@@ -97,3 +98,20 @@ def test_one_process_takes_a_seed():
 def test_unknown_particles():
     with pytest.raises(ValueError, match='particles must be "own" or "shared", got \'both\''):
         DistributedSVI(local_model, local_guide, Adam({"lr": 0.1}), Trace_ELBO(), particles="both")
+
+
+@pytest.mark.slow
+def test_the_example_under_torchrun(tmp_path):
+    """The docstring's script, with the VAE of models/ as it is."""
+    script = textwrap.dedent(DistributedSVI.__doc__.partition("train.py\n")[2].partition("\n\n    What all share")[0])
+    torch.save((torch.rand(60, 16) > 0.5).float(), tmp_path / "images.pt")
+    script = script.replace("range(1500)", "range(4)") + "\nprint(svi.rank, svi.world_size, loss)\n"
+    (tmp_path / "train.py").write_text(script)
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'models'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    (first, second) = sorted(line.split() for line in found.splitlines())
+    assert first[:2] == ["0", "2"] and second[:2] == ["1", "2"] and first[2] == second[2]
+    assert "decoder.0.weight" in torch.load(tmp_path / "vae.pt", weights_only=True)
