@@ -33,10 +33,10 @@ class DistributedSVI(SVI):
 
     With b of N rows on each of R processes the average is the loss of R b rows and its gradient, exactly, for every
     loss that is a sum over rows: let ``pyro.plate("data", N, subsample_size=b)`` draw them, or pass minibatches (from a
-    ``DistributedSampler(drop_last=True)``, say) under such a plate or ``poutine.scale``. One flat all-reduce a step (one
-    for each kind of device and dtype) carries gradients, loss and running averages of baselines; its bookkeeping took
-    1.3 ms of CPU a step for a VAE of 12 tensors. It pays where a step takes ten times that. Use it as any SVI, in a
-    script started by ``torchrun``; without torchrun it is plain SVI in one process::
+    ``DistributedSampler(drop_last=True)``, say) under such a plate or ``poutine.scale``. One flat all-reduce a step
+    (one for each kind of device and dtype) carries gradients, loss and running averages of baselines; with its
+    bookkeeping it took 1.3 ms of CPU a step for a VAE of 12 tensors, and pays where a step takes ten times that. Use it
+    as any SVI, in a script started by ``torchrun``; without torchrun it is plain SVI in one process::
 
         # torchrun --standalone --nproc-per-node 2 train.py
         import pyro, torch
