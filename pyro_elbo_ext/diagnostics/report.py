@@ -37,7 +37,7 @@ from pyro_elbo_ext.tracing import Hold, forked_rng, run_pair
 
 __all__ = ["Report", "diagnose"]
 
-_CHAINS = 64
+_CHAINS = 128
 _Pair = tuple[Callable, Callable, tuple, dict[str, Any]]
 _CANNOT = (ValueError, NotImplementedError, torch.linalg.LinAlgError)  # refusals, which are reported
 
@@ -151,7 +151,7 @@ def diagnose(
     The verdict needs witnesses that agree: the tail of the weights, the gain of the importance-weighted bound, what
     smoothed weights change, the slope under the guide, where annealed chains go, and what the caller brings: reference
     draws or refits. What cannot be looked at is listed with its reason. Whether training has settled is only seen in
-    the slope; far-away modes are not seen at all without a reference or refits. Put modules that behave differently in
+    the slope; far-away modes are not seen at all without a reference. Put modules that behave differently in
     training into evaluation mode first. Parameters and their gradients are left alone.
 
     Args:
@@ -160,7 +160,7 @@ def diagnose(
         *args: their positional arguments; a subsampled plate must hold all latents.
         num_samples: draws of the guide, at least 100.
         particles: numbers of particles K of the importance-weighted bound.
-        temperatures: steps of annealing with 64 chains; 0 leaves it out.
+        temperatures: steps of annealing with 128 chains; 0 leaves it out.
         max_seconds: annealing that is estimated to take longer is left out.
         reference: draws of the posterior, ``[num_draws, *plates, *event]`` by latent site.
         refit: from observations by site to a guide, or draws, for simulation-based calibration with 100 data sets; see

@@ -156,7 +156,8 @@ def advise(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
         advice.append("weight or resample the draws: to_arviz(..., correct='psis')")
     if level.get("score", 0):
         advice.append("longer training, a smaller step or averaged iterates, if the guide's family can move there")
-    if level["weights"] == 2 or level["gap"]:
+    outside = max(level.get(name, 0) for name in ("reference", "calibration", "correction"))
+    if level["weights"] == 2 or level["gap"] or outside == 2:
         advice.append(
             "a guide that can hold the posterior's shape: AutoMultivariateNormal, AutoFlow, or AutoPlatedFlow for "
             "plates; or a non-centred model"

@@ -26,8 +26,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     The tail holds the largest :math:`\min(S / 5, 3 \sqrt S)` weights. Weights have a finite variance for k < 1/2, and
     the cost of an estimate of given accuracy explodes beyond 0.7; compare with :func:`good_k`. Bounded weights have
-    k <= 0. ``-inf`` where no weight exceeds the tail's threshold, as where all are equal: there is no tail. ``inf``
-    where fewer than five do: all is carried by a few draws.
+    k <= 0. Where no fit is possible, for weights are equal within rounding or fewer than five exceed the tail's
+    threshold, as with discrete latents: ``inf`` if these few carry more than a tenth of all, else ``-inf``, no tail.
 
     Args:
         log_weights: ``[num_samples, *rest]``, in nats.
@@ -57,23 +57,24 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     check_log_weights(log_weights, MIN_SAMPLES)
     columns = log_weights.detach().double().cpu()  # the fit is scalar work in double precision
     columns = columns.reshape(columns.shape[0], -1)
-    done = [_smooth(column) for column in (columns - columns.amax(0)).unbind(1)]
+    rounding = math.sqrt(torch.finfo(log_weights.dtype).eps)
+    done = [_smooth(column, rounding) for column in (columns - columns.amax(0)).unbind(1)]
     smoothed = torch.stack([column for column, _ in done], 1).reshape(log_weights.shape)
     smoothed = smoothed - smoothed.logsumexp(0)
     return smoothed.to(log_weights), torch.tensor([k for _, k in done]).reshape(log_weights.shape[1:]).to(log_weights)
 
 
-def _smooth(log_w: Tensor) -> tuple[Tensor, float]:
+def _smooth(log_w: Tensor, rounding: float) -> tuple[Tensor, float]:
     """Return one column's smoothed log-weights, relative to the largest, and its k-hat."""
     num = log_w.shape[0]
     tail_size = _tail_size(num)
     order = log_w.sort()
     cutoff = max(float(order.values[-tail_size - 1]), math.log(torch.finfo(log_w.dtype).tiny))
     first = int(torch.searchsorted(order.values, cutoff, right=True))
-    if first == num:
+    if -cutoff < rounding:
         return log_w, -math.inf
     if num - first < 5:
-        return log_w, math.inf
+        return log_w, math.inf if order.values[first:].exp().sum() > 0.1 * log_w.exp().sum() else -math.inf
     tail = math.exp(cutoff) * torch.expm1(order.values[first:] - cutoff)  # differences near zero keep their digits
     k, sigma = fit_generalized_pareto(tail)
     if not (math.isfinite(k) and math.isfinite(sigma) and sigma > 0):

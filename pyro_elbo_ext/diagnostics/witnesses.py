@@ -5,12 +5,12 @@ means wrong by more than a standard deviation. Each witness here looks another w
 
 - :func:`corrected`: do smoothed importance weights move means and standard deviations?
 - :func:`score_balance`: :math:`E_q[\nabla \log p - \nabla \log q]` is zero if q is the posterior, by Stein's identity,
-  and at the optimum of any guide that can be shifted. It sees a slope under the guide, however far away the mass, and a
-  guide so narrow that the posterior is flat under it, whose weights are all alike.
+  and at the optimum of any guide that can be shifted. It sees a slope under the guide, however far away the mass,
+  and by how much a guide is too narrow.
 - :func:`drift`: do chains that anneal from guide to posterior end elsewhere than they began?
 - :func:`against`: draws of the posterior from elsewhere.
 
-None sees a mode that neither draws nor chains reach; restarts, a reference or simulation-based calibration do.
+None sees a mode that neither draws nor chains reach; restarts or a reference do.
 """
 
 from __future__ import annotations
@@ -45,8 +45,13 @@ class Effects(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The larger of shift and log ratio that stands out of twice its noise, exceeded by 5 % of coordinates."""
-        sizes = torch.cat([(self._largest(name) - 2 * self.noise[name]).flatten() for name in self.shift])
+        """The larger of shift and log ratio, as far as it stands out of the noise, exceeded by 5 % of coordinates.
+
+        How far noise reaches is taken for the largest of as many as there are, up to the twenty of which it is one.
+        """
+        num = min(sum(value.numel() for value in self.shift.values()), 20)
+        reach = float(torch.special.ndtri(torch.tensor(1 - 0.025 / num, dtype=torch.float64)))
+        sizes = torch.cat([(self._largest(name) - reach * self.noise[name]).flatten() for name in self.shift])
         return float(torch.quantile(sizes.clamp(min=0.0), 0.95, interpolation="higher"))
 
     @property

@@ -75,6 +75,8 @@ def test_equal_weights_have_no_tail():
     assert pareto_k(torch.full((100,), -7.0)) == -math.inf
     assert psis(torch.full((100,), -7.0))[0].allclose(torch.tensor(0.01).log())
     assert float(effective_sample_size(torch.full((100, 1), -7.0))) == pytest.approx(100)
+    assert pareto_k(-7.0 + 1e-12 * torch.randn(100)) == -math.inf  # rounding is no tail
+    assert pareto_k(1e-3 * torch.randn(1000)) < 0.5  # small spread is one, of a bounded kind
 
 
 def test_zero_weights_count():
@@ -84,6 +86,8 @@ def test_zero_weights_count():
     log_w = torch.where(torch.arange(100) < 3, torch.arange(100.0), -math.inf)
     assert pareto_k(log_w) == math.inf  # all is carried by three
     assert (psis(log_w)[0][3:] == -math.inf).all()
+    log_w = torch.where(torch.arange(1000) < 3, 1.0, 0.0)
+    assert pareto_k(log_w) == -math.inf  # three that are a little heavier
 
 
 def test_smoothing_lowers_the_largest_weight():
