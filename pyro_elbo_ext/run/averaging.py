@@ -78,10 +78,11 @@ class Averager:
         self.processes = processes
         self.agreed = Agreed()
         self._actual: dict[Bucket, torch.device] = {}
+        self._buffers: dict[Bucket, Tensor] = {}
 
     def agree(self, work: Work) -> None:
         """Add up such work from now on."""
-        self.agreed = work.agreed
+        self.agreed, self._buffers = work.agreed, {}
         self._actual = {make_slot("", t).bucket: t.device for t in (*work.params.values(), *work.memory.values())}
 
     def add(self, work: Work | None) -> tuple[float, ...] | None:
@@ -98,7 +99,7 @@ class Averager:
             slots, device = buckets[bucket], self._actual[bucket]
             parts = [_value(work, slot, device) for slot in slots]
             first = [torch.tensor(head, dtype=bucket[1], device=device)] if i == 0 else []
-            buffer = flatten([*first, *parts], bucket)
+            buffer = self._buffers[bucket] = flatten([*first, *parts], bucket, self._buffers.get(bucket))
             self.processes.add(buffer)
             if i == 0:
                 flag, *found = buffer[: len(head)].tolist()
@@ -106,7 +107,7 @@ class Averager:
                 has_grad = dict(zip((s.name for s in self.agreed.slots), found[self.agreed.num_losses :], strict=True))
                 buffer = buffer[len(head) :]
             if work is not None and losses is not None:
-                _take(work, slots, buffer / total, has_grad)
+                _take(work, slots, buffer.div_(total), has_grad)
         return losses
 
     def _head(self, work: Work | None) -> list[float]:

@@ -35,9 +35,9 @@ def make_slot(name: str, tensor: Tensor) -> Slot:
     return Slot(name, tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
-def flatten(tensors: Iterable[Tensor], bucket: Bucket) -> Tensor:
-    """Return one flat buffer with copies of the tensors."""
-    return torch.cat([tensor.detach().reshape(-1).to(bucket[1]) for tensor in tensors])
+def flatten(tensors: Iterable[Tensor], bucket: Bucket, out: Tensor | None = None) -> Tensor:
+    """Return one flat buffer with copies of the tensors, the one given if there is one."""
+    return torch.cat([tensor.detach().reshape(-1).to(bucket[1]) for tensor in tensors], out=out)
 
 
 def fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
