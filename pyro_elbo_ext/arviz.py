@@ -17,10 +17,10 @@ import numpy as np
 import pyro
 import torch
 
-from pyro_elbo_ext.diagnostics.export import Chain, Job, Table, histories, run_chain, stack_chains
-from pyro_elbo_ext.diagnostics.restarts import Restart, own_parameters, restarts
 from pyro_elbo_ext.diagnostics.sampling import seeded
 from pyro_elbo_ext.diagnostics.weights import good_k
+from pyro_elbo_ext.export.chains import Chain, Job, Table, histories, run_chain, stack_chains
+from pyro_elbo_ext.export.restarts import Restart, own_parameters, restarts
 
 __all__ = ["GROUPS", "loo", "to_arviz"]
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_elbo_ext.diagnostics.export import histories
 from pyro_elbo_ext.diagnostics.weights import good_k
+from pyro_elbo_ext.export.chains import histories
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ FLOORS = [
     {"particles"},
     {"gradients", "guides", "natural"},
     {"elbo", "diagnostics"},
-    {"run"},
+    {"export", "run"},
     {"testing", "arviz", "plots", "autofit"},
 ]
 # Each optional library in the one module that wraps it, imported when that is used.

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_elbo_ext.diagnostics.replay import Replayer, Survey, survey
 from pyro_elbo_ext.diagnostics.resampling import check_scales, resample
 from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws, posterior_draws
 from pyro_elbo_ext.diagnostics.weights import MIN_SAMPLES, effective_sample_size, pareto_k, psis
+from pyro_elbo_ext.export.replay import Replayer, Survey, survey
 
 __all__ = ["Chain", "Job", "Table", "histories", "run_chain", "stack_chains"]
 

@@ -1,0 +1,1 @@
+"""A fitted guide as plain arrays: draws, predictions, log-likelihoods, chains of restarts. Knows no ArviZ."""
