@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/python models/vae.py --output demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
