@@ -51,7 +51,7 @@ class Report:
         k: k-hat of whole draws.
         local: k-hat per plate element: of the draws' own weights where all latents are inside plates, else given the
             latents outside.
-        ess: effective sample size of whole draws; the smallest over elements where weights factorise.
+        ess: effective sample size, ``[*plates]`` with the plates over which weights factorise, else of whole draws.
         bounds: the importance-weighted bound for rising numbers of particles.
         terms: the ELBO by site.
         correction: what smoothed weights change.
@@ -71,7 +71,7 @@ class Report:
     draws: PosteriorDraws
     k: float
     local: list[LocalTails]
-    ess: float
+    ess: Tensor
     bounds: list[BoundPoint]
     terms: ELBOTerms
     correction: Effects | None
@@ -118,8 +118,9 @@ def _evidence_rows(report: Report) -> list[tuple[str, str]]:
 
 def _weight_rows(report: Report) -> list[tuple[str, str]]:
     num = report.draws.num_samples
-    whose = ", the worst element" if report.draws.plates else ""
-    rows = [("ESS", f"{report.ess:.0f} of {num} draws{whose}")]
+    median, least = float(report.ess.median()), float(report.ess.min())
+    whose = f", median of the elements, {least:.0f} the least" if report.draws.plates else ""
+    rows = [("ESS", f"{median:.0f} of {num} draws{whose}")]
     note = ", which grows with the number of elements" if report.draws.plates else ""
     text = f"{report.k:.2f} ± {k_error(report.k, num):.2f} of whole draws{note}; {num} draws allow {good_k(num):.2f}"
     rows.append(("k-hat", text))
@@ -201,7 +202,7 @@ def diagnose(
         draws=draws,
         k=k,
         local=local,
-        ess=float(effective_sample_size(draws.log_weight).min()),
+        ess=effective_sample_size(draws.log_weight),
         bounds=bounds,
         terms=terms,
         correction=correction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pyro_elbo_ext.diagnostics.bracket import Bracket
@@ -118,34 +118,36 @@ def decide(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     if outer:
         return Verdict.BAD, f"the {outer[0]} contradicts the guide"
     moved = [name for name in ("chains", "annealing", "score") if level.get(name, 0) == 2]
-    seen = [name for name in ("chains", "score", "reference", "calibration") if name in level]
-    if level["weights"] == 2 and not moved and not next(f.sure for f in findings if f.witness == "weights"):
-        return Verdict.UNCLEAR, "whether the weights are too uneven takes more draws to tell"
     if level["weights"] == 2:
-        calm = "reference" in level or level.get("chains") == 0
-        if calm and not moved:
-            return Verdict.UNCLEAR, "the weights are too uneven to vouch for the draws, though chains do not move them"
-        return Verdict.BAD, "a few draws carry all the weight" + (
-            f", and {_and(moved)} contradict them" if moved else ""
-        )
+        return _without_weights(next(f for f in findings if f.witness == "weights"), moved, level)
     if level.get("correction", 0) == 2 or level["gap"] == 2:
         if "annealing" in moved:
             return Verdict.BAD, "annealing finds mass that the weighted draws miss"
         return Verdict.REWEIGHT, "the guide is off, but its weights can correct it"
     if moved:
-        return (
-            Verdict.BAD,
-            f"the weights look fine, but {_and(moved)} see{'s' * (len(moved) == 1)} mass that no draw met",
-        )
+        return Verdict.BAD, f"the weights look fine, but {_and(moved, 'sees', 'see')} mass that no draw met"
+    seen = [name for name in ("chains", "score", "reference", "calibration") if name in level]
     if not seen:
         return Verdict.UNCLEAR, "only the weights speak, and they cannot see what no draw met"
-    if max(level.get("correction", 0), level.get("chains", 0), level.get("reference", 0)) == 1 or level["gap"] == 1:
+    if max(level.get(name, 0) for name in ("correction", "chains", "reference", "gap")) == 1:
         return Verdict.REWEIGHT, "the guide is slightly off, which its weights correct"
-    return Verdict.GOOD, "weights, correction and " + _and(seen) + " agree"
+    return Verdict.GOOD, "weights, correction and " + _and(seen, "agrees", "agree")
 
 
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
+def _without_weights(weights: Finding, moved: Sequence[str], level: Mapping[str, int]) -> tuple[Verdict, str]:
+    """Decide where the weights are too uneven to correct the draws."""
+    if not moved and not weights.sure:
+        return Verdict.UNCLEAR, "whether the weights are too uneven takes more draws to tell"
+    if not moved and ("reference" in level or level.get("chains") == 0):
+        return Verdict.UNCLEAR, "the weights are too uneven to vouch for the draws, though nothing else moves them"
+    whose = " of too many elements" if "elements" in weights.text else ""
+    both = f", and {_and(moved, 'contradicts', 'contradict')} them" if moved else ""
+    return Verdict.BAD, f"a few draws carry all the weight{whose}{both}"
+
+
+def _and(names: Sequence[str], one: str, several: str) -> str:
+    listed = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + [names[-1]])
+    return f"{listed} {one if len(names) == 1 and names[0] != 'chains' else several}"
 
 
 def advise(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
@@ -159,10 +161,10 @@ def advise(verdict: Verdict, findings: Sequence[Finding]) -> list[str]:
     outside = max(level.get(name, 0) for name in ("reference", "calibration", "correction"))
     if level["weights"] == 2 or level["gap"] or outside == 2:
         advice.append(
-            "a guide that can hold the posterior's shape: AutoMultivariateNormal, AutoFlow, or AutoPlatedFlow for "
-            "plates; or a non-centred model"
+            "a guide that can hold the posterior's shape: AutoMultivariateNormal, AutoFlow, AutoPlatedFlow for plates, "
+            "a larger encoder; or a non-centred model"
         )
-    if level["gap"] and level["weights"] < 2:
+    if level["gap"]:
         advice.append("IWAE_ELBO, whose guide covers more of the posterior, and its draws reweighted")
     if verdict is Verdict.BAD and {"annealing", "chains"} & {name for name, value in level.items() if value == 2}:
         advice.append("restarts from other initial values, AutoFlow.warm_start or init_loc_fn: mass lies elsewhere")
