@@ -30,6 +30,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/score_function.py
 	$(BIN)/python benchmarks/natural_gradient.py
 	$(BIN)/python benchmarks/flow_guides.py
+	$(BIN)/python benchmarks/staged_stop.py
+	$(BIN)/python benchmarks/data_parallel.py
 
 notebooks: .venv/ready
 	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet"

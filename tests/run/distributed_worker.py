@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from pyro_elbo_ext import (
     NaturalGradient,
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
+    fit,
 )
 from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.run.averaging import Averager, Work
@@ -44,7 +46,7 @@ from pyro_elbo_ext.run.sharding import Watch
 
 N, BATCH, FEATURES, LATENT, PARTICLES = 24, 4, 3, 2, 8
 TOLERANCE = 1e-12
-CHECKS, RANK = {}, 0
+CHECKS, RANK, FOLDER = {}, 0, None
 
 
 def check(function):
@@ -590,36 +592,74 @@ def run_checks():
     return results
 
 
+def training():
+    return DistributedSVI(regression, regression_guide, Adam({"lr": 0.05}), Trace_ELBO())
+
+
+def taken(step):
+    return (shards(step)[1],)
+
+
+def params():
+    return {name: leaf.detach().clone() for name, leaf in pyro.get_param_store()._params.items()}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(state):
+    if state.step == 7:
+        raise Interrupted
+
+
+@check
+def a_fit_goes_on_as_if_it_had_not_been_interrupted():
+    """Each process with random numbers of its own, all kept by rank 0."""
+    settings = {"num_steps": 10, "batches": taken, "seed": 5, "progress": False}
+    whole = fit(training(), **settings)
+    expected, drawn = params(), torch.randn(())
+    pyro.clear_param_store()
+    file = FOLDER / "fit.pt"
+    with suppress(Interrupted):
+        fit(training(), **settings, checkpoint=file, checkpoint_every=3, callbacks=[interrupt])
+    pyro.clear_param_store()
+    pyro.set_rng_seed(77)
+    again = fit(training(), **settings, checkpoint=file)
+    found = params()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert torch.equal(drawn, torch.randn(()))
+    assert again.history["loss"].tolist() == whole.history["loss"].tolist()
+    assert not file.with_name("fit.pt.partial").exists()
+
+
 def survive(folder):
     """Train, save, and lose the other process in the middle of it."""
     pyro.clear_param_store()
-    svi = DistributedSVI(regression, regression_guide, Adam({"lr": 0.05}), Trace_ELBO())
-    for i in range(100):
-        svi.step(shards(i)[1])
-        if i == 2 and RANK == 0:
-            state = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
-            torch.save(state, folder / "checkpoint.pt")
-        svi.barrier()
-        if i == 4 and RANK == 1:
+    svi, before = training(), {}
+
+    def kill(state):
+        before.update(params())
+        if state.step == 5 and RANK == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if i == 4:
-            before = {name: p.detach().clone() for name, p in pyro.get_param_store()._params.items()}
-            start = time.perf_counter()
-            texts = []
-            for _ in range(2):  # and it stays so
-                try:
-                    svi.step(shards(i)[1])
-                except RuntimeError as error:
-                    texts.append(str(error))
-            after = pyro.get_param_store()._params
-            unchanged = all(torch.equal(before[name], after[name]) for name in before)
-            return {"texts": texts, "seconds": time.perf_counter() - start, "unchanged": unchanged}
-    return {}
+
+    texts, start = [], time.perf_counter()
+    settings = {"num_steps": 100, "batches": taken, "seed": 5, "progress": False}
+    try:
+        fit(svi, **settings, checkpoint=folder / "checkpoint.pt", checkpoint_every=2, callbacks=[kill])
+    except RuntimeError as error:
+        texts.append(str(error))
+    try:
+        svi.step(*taken(0))  # and it stays so
+    except RuntimeError as error:
+        texts.append(str(error))
+    unchanged = all(torch.equal(before[name], value) for name, value in params().items())
+    return {"texts": texts, "seconds": time.perf_counter() - start, "unchanged": unchanged}
 
 
 def main(rank, world_size, folder, device="cpu"):
-    global RANK, X, Y
-    RANK, X, Y = rank, X.to(device), Y.to(device)
+    global RANK, FOLDER, X, Y
+    RANK, FOLDER, X, Y = rank, folder, X.to(device), Y.to(device)
     torch.set_default_device(device)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

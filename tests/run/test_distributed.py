@@ -14,10 +14,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
-from pyro_elbo_ext import IWAE_ELBO
-from pyro_elbo_ext.run.distributed import DistributedSVI
+from pyro_elbo_ext import IWAE_ELBO, DistributedSVI, fit
 from tests.cases import global_guide, global_model, local_guide, local_model
-from tests.run.distributed_worker import CHECKS, refusals
+from tests.run.distributed_worker import CHECKS, refusals, regression, regression_guide
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -70,8 +69,15 @@ def test_a_killed_process_ends_the_other_with_an_error_and_an_intact_checkpoint(
     assert len(found["texts"]) == 2 and found["seconds"] < 10 and found["unchanged"]
     for text in found["texts"]:
         assert text.startswith("rank 0 of 2 lost the others: ") and "from the last checkpoint" in text
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert {"loc", "scale", "unused"} == set(state) and all(value.isfinite().all() for value in state.values())
+    file = folder / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["extra"]["step"] == 4 and len(state["extra"]["rngs"]) == 2
+    svi = DistributedSVI(regression, regression_guide, Adam({"lr": 0.05}), Trace_ELBO())
+    result = fit(svi, torch.arange(24), num_steps=4, checkpoint=file, seed=5, progress=False)  # on one process
+    assert result.num_steps == 4
+    for name, value in pyro.get_param_store()._params.items():
+        assert torch.equal(value.detach(), state["params"][name].to(value.device))
+    assert fit(svi, torch.arange(24), num_steps=6, checkpoint=file, seed=5, progress=False).num_steps == 6
 
 
 @pytest.mark.parametrize("particles", ["own", "shared"])
