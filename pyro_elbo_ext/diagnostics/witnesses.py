@@ -45,14 +45,15 @@ class Effects(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The larger of shift and log ratio, as far as it stands out of the noise, exceeded by 5 % of coordinates.
+        """The larger of shift and log ratio, as far as it stands out of the noise, of the worst site.
 
-        How far noise reaches is taken for the largest of as many as there are, up to the twenty of which it is one.
+        One in twenty coordinates of a site may exceed it, none of a smaller site: a global latent is not lost among
+        many local ones. How far noise reaches is taken for the largest of as many as count.
         """
-        num = min(sum(value.numel() for value in self.shift.values()), 20)
+        num = sum(min(value.numel(), 20) for value in self.shift.values())
         reach = float(torch.special.ndtri(torch.tensor(1 - 0.025 / num, dtype=torch.float64)))
-        sizes = torch.cat([(self._largest(name) - reach * self.noise[name]).flatten() for name in self.shift])
-        return float(torch.quantile(sizes.clamp(min=0.0), 0.95, interpolation="higher"))
+        sizes = [(self._largest(name) - reach * self.noise[name]).flatten().clamp(min=0.0) for name in self.shift]
+        return max(float(torch.quantile(size, 0.95, interpolation="higher")) for size in sizes)
 
     @property
     def worst(self) -> tuple[str, float, float, float]:

@@ -66,6 +66,18 @@ def test_minibatches_have_no_scale_in_them():
     assert part.k.max() < 0 and full.max() < 0  # N/B inside the weights would double their logs
 
 
+def test_one_minibatch_for_all_draws_of_the_globals():
+    scale = torch.where(torch.arange(NUM_DATA) % 2 == 0, 0.75, 0.2)
+
+    def guide(batch):
+        g = pyro.sample("g", dist.Normal(torch.tensor(0.0), 0.4))
+        with pyro.plate("data", NUM_DATA, subsample_size=batch) as rows:
+            pyro.sample("z", dist.Normal((g + torch.linspace(-1.5, 2.0, NUM_DATA)[rows]) / 2, scale[rows]))
+
+    bad = local_k(global_model, guide, (4,), num_samples=500).given > -0.5
+    assert (bad == bad[0]).all() and bad[0].any() and not bad[0].all()
+
+
 def test_nested_plates():
     guide = AutoNormal(nested_model)
     tails = local_k(nested_model, guide)

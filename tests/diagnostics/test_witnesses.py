@@ -122,3 +122,6 @@ def test_size_forgives_noise_and_five_in_a_hundred():
     assert of(0.08) == 0
     assert of(*[0.0] * 96, *[3.0] * 4) == 0
     assert of(*[0.0] * 90, *[3.0] * 10) == pytest.approx(3 - 3.02 * 0.05, abs=1e-3)
+    sites = {"global": torch.tensor(2.0), "local": torch.zeros(100)}
+    zeros = {name: torch.zeros_like(value) for name, value in sites.items()}
+    assert Effects(sites, zeros, zeros).size == 2  # one of a hundred and one, but a site of its own
