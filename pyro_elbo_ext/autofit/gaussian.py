@@ -25,6 +25,7 @@ __all__ = ["Gaussian", "Start", "fit_gaussian", "gaussian_bound", "starts"]
 
 SIZES = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01, 0.003, 0.001)  # of steps that are tried
 FLATTEN = 0.2  # a step multiplies a precision by this at the least
+CHEAP = 50  # coordinates up to which fits from more starts cost next to nothing
 WORST = -1e30  # stands for the log of a density of zero
 
 
@@ -54,17 +55,20 @@ class Gaussian(NamedTuple):
     num_steps: int
 
 
-def starts(frame: Frame, num_random: int = 1, radius: float = 2.0) -> list[Start]:
+def starts(frame: Frame, radius: float = 2.0) -> list[Start]:
     """Return where fits begin: wide and narrow at the first values, and wide at random ones, as Stan's are.
 
-    Where sites are non-centred automatically the wide start is made once more half-way to centred.
+    Random starts come in pairs, mirror images of each other about the first values, so that symmetric modes are both
+    found; two pairs where a fit is cheap. Where sites are non-centred automatically the wide start is made once more
+    half-way to centred.
     """
     centering = frame.centering
     found = [Start(frame.start, scale, centering) for scale in (0.3, 0.01)]
     if centering is not None:
         found.append(Start(frame.start, 0.3, centering + 0.4))  # weights of one half
-    for _ in range(num_random):
-        found.append(Start(radius * (2 * torch.rand_like(frame.start) - 1), 0.3, centering))
+    for _ in range(2 if frame.size <= CHEAP else 1):
+        away = radius * (2 * torch.rand_like(frame.start) - 1)
+        found += [Start(frame.start + sign * away, 0.3, centering) for sign in (1, -1)]
     return found
 
 

@@ -146,9 +146,9 @@ class _Climb:
         """Climb, and return the fit to keep, judged."""
         found: list[Candidate] = []
         for proposal in self._proposals():
-            candidate = weigh(proposal, self.num_samples // 2)
+            candidate = weigh(proposal, max(self.num_samples // 2, 1000))
             self._note(candidate)
-            if candidate.is_comfortable:
+            if candidate.is_comfortable(DRAWS * self.num_samples):  # then with other draws, which did not choose it
                 candidate = judge(weigh(proposal, self.num_samples, DRAWS * self.num_samples), self.fits)
                 if candidate.trusted:
                     return candidate

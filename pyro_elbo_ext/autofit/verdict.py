@@ -20,6 +20,7 @@ __all__ = ["COMFORT", "Candidate", "judge", "weigh"]
 
 MEAN, LOG_SD = 0.04, 0.06  # largest standard errors, in posterior sd: half of what may be wrong in the end, or less
 COMFORT = 0.5  # k-hat at which weights have a variance, and no higher rung is tried
+MARGIN = 0.05  # below the largest k-hat allowed, where half of the draws count, suffices as well
 CHANCE = 1e-3  # that chains which stay where they are look as if they moved
 MASS = 0.1  # nats of evidence that restarts may find beyond the fit's
 GROUP = 50  # particles of the bound by which fits are compared
@@ -63,10 +64,12 @@ class Candidate:
         whole = len(self.draws.log_weight) // GROUP * GROUP
         return float(log_mean_exp(self.draws.log_weight[:whole].view(GROUP, -1)).mean())
 
-    @property
-    def is_comfortable(self) -> bool:
-        """True where weights leave nothing to wish."""
-        return self.k <= COMFORT and self.precision.mean <= MEAN and self.precision.log_sd <= LOG_SD
+    def is_comfortable(self, max_samples: int) -> bool:
+        """Tell whether weights leave nothing to wish once there are ``max_samples`` draws."""
+        num = len(self.log_weights)
+        even = self.k <= COMFORT or (self.k <= good_k(num) - MARGIN and self.ess >= num / 2)
+        error = max(self.precision.mean / MEAN, self.precision.log_sd / LOG_SD) * math.sqrt(num / max_samples)
+        return even and error <= 1
 
     @property
     def trusted(self) -> bool:
@@ -115,7 +118,7 @@ def judge(candidate: Candidate, fits: Sequence[Gaussian]) -> Candidate:
         fits: Gaussians fitted from different starts.
     """
     findings = [_judge_weights(candidate), _judge_precision(candidate)]
-    if math.isfinite(candidate.k):
+    if candidate.k < math.inf:
         findings.append(_judge_drift(candidate))
         findings.append(_judge_restarts(candidate, fits))
     return Candidate(**{**vars(candidate), "findings": tuple(findings)})

@@ -122,6 +122,8 @@ def _features(chains: Chains) -> Tensor:
 
 def evidence_error(log_weight: Tensor) -> float:
     """Return the standard error of the log of the mean weight."""
+    if not torch.isfinite(log_weight).any():
+        return 0.0
     share = torch.softmax(log_weight.double(), 0)
     return float((share.square().sum() - 1 / len(share)).clamp(min=0).sqrt())
 
