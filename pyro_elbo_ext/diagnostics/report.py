@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_elbo_ext.diagnostics.bracket import Bracket, annealed_bracket
-from pyro_elbo_ext.diagnostics.calibration import Calibration, calibrate
-from pyro_elbo_ext.diagnostics.evidence import BoundPoint, importance_bounds
-from pyro_elbo_ext.diagnostics.gradients import GradientSummary, gradient_summaries
-from pyro_elbo_ext.diagnostics.nested import LocalTails, candidate_plates, local_k
-from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws, make_sampler, posterior_draws, seeded
-from pyro_elbo_ext.diagnostics.target import Target
-from pyro_elbo_ext.diagnostics.terms import ELBOTerms, elbo_terms
+from pyro_elbo_ext.diagnostics.examination import Examination, examine
+from pyro_elbo_ext.diagnostics.sampling import seeded
 from pyro_elbo_ext.diagnostics.verdict import (
     Finding,
     Verdict,
@@ -31,57 +23,22 @@ from pyro_elbo_ext.diagnostics.verdict import (
     judge_score,
     judge_weights,
 )
-from pyro_elbo_ext.diagnostics.weights import effective_sample_size, good_k, k_error, pareto_k
-from pyro_elbo_ext.diagnostics.witnesses import Effects, against, corrected, drift, score_balance
-from pyro_elbo_ext.tracing import Hold, forked_rng, run_pair
+from pyro_elbo_ext.diagnostics.weights import good_k, k_error
 
 __all__ = ["Report", "diagnose"]
 
-_CHAINS = 128
-_Pair = tuple[Callable, Callable, tuple, dict[str, Any]]
-_CANNOT = (ValueError, NotImplementedError, torch.linalg.LinAlgError)  # refusals, which are reported
-
 
 @dataclass(frozen=True)
-class Report:
-    """What was found about a guide; print it.
+class Report(Examination):
+    """What was found about a guide, and what it means; print it. The numbers are :class:`Examination`'s.
 
     Attributes:
-        draws: of the guide, with their weights.
-        k: k-hat of whole draws.
-        local: k-hat per plate element: of the draws' own weights where all latents are inside plates, else given the
-            latents outside.
-        ess: effective sample size, ``[*plates]`` with the plates over which weights factorise, else of whole draws.
-        bounds: the importance-weighted bound for rising numbers of particles.
-        terms: the ELBO by site.
-        correction: what smoothed weights change.
-        score: the slope under the guide.
-        bracket: the annealed bounds.
-        drift: where annealed chains went.
-        against: comparison with a reference.
-        gradients: of the loss, by parameter.
-        calibration: of refits to simulated data.
-        skipped: what could not be looked at, and why.
         findings: what each witness says.
         verdict: what they say together.
         reason: why.
         advice: what to try next, most useful first.
     """
 
-    draws: PosteriorDraws
-    k: float
-    local: list[LocalTails]
-    ess: Tensor
-    bounds: list[BoundPoint]
-    terms: ELBOTerms
-    correction: Effects | None
-    score: Effects | None
-    bracket: Bracket | None
-    drift: Effects | None
-    against: Effects | None
-    gradients: dict[str, GradientSummary]
-    calibration: Calibration | None
-    skipped: dict[str, str]
     findings: list[Finding]
     verdict: Verdict
     reason: str
@@ -174,124 +131,54 @@ def diagnose(
     Raises:
         ValueError: no random latent, a pair that does not match, a subsampled plate that not all latents are inside, a
             log-weight that is NaN, or fewer than 100 draws; site or plate is named.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(2))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Normal(torch.full((2,), 0.5), 0.5**0.5).to_event(1))
+        >>> report = diagnose(model, guide, seed=0)
+        >>> report.verdict.name, report.trusted
+        ('GOOD', True)
     """
     if num_samples < 100:
         raise ValueError(f"a diagnosis needs num_samples >= 100, got {num_samples}")
-    pair: _Pair = (model, guide, args, kwargs)
-    skipped: dict[str, str] = {}
     with seeded(seed):
-        draws = posterior_draws(*pair, num_samples, vectorize=vectorize)
-        if draws.indices:  # all witnesses look at one minibatch
-            pair = (Hold(draws.indices)(model), Hold(draws.indices)(guide), args, kwargs)
-        k = float(pareto_k(draws.joint_log_weight))
-        local = _local(draws, pair, skipped)
-        bounds = importance_bounds(draws, particles)
-        terms = elbo_terms(*pair, 200)
-        score = _tried("score", skipped, lambda: score_balance(*pair)) if vectorize else None
-        bracket = _annealed(pair, temperatures, max_seconds, reference, skipped) if vectorize else None
-        if not vectorize:
-            skipped["score, annealing"] = "they need vectorised particles"
-        calibration = None if refit is None else calibrate(model, refit, args, kwargs)
-        gradients = {} if loss is None else gradient_summaries(loss, *pair)
-    correction = corrected(draws)
-    moved = None if bracket is None else drift(draws, bracket)
-    compared = None if reference is None else against(draws, reference)
-    findings = _findings(draws, k, local, bounds, correction, score, bracket, moved, compared, calibration)
+        found = examine(
+            (model, guide, args, kwargs),
+            num_samples,
+            particles,
+            temperatures,
+            max_seconds,
+            reference,
+            refit,
+            loss,
+            vectorize,
+        )
+    findings = _findings(found)
     verdict, reason = decide(findings)
-    return Report(
-        draws=draws,
-        k=k,
-        local=local,
-        ess=effective_sample_size(draws.log_weight),
-        bounds=bounds,
-        terms=terms,
-        correction=correction,
-        score=score,
-        bracket=bracket,
-        drift=moved,
-        against=compared,
-        gradients=gradients,
-        calibration=calibration,
-        skipped=skipped,
-        findings=findings,
-        verdict=verdict,
-        reason=reason,
-        advice=advise(verdict, findings),
-    )
+    advice = advise(verdict, findings)
+    return Report(**vars(found), findings=findings, verdict=verdict, reason=reason, advice=advice)
 
 
-def _tried(name: str, skipped: dict[str, str], look: Callable) -> Any:
-    try:
-        return look()
-    except _CANNOT as error:
-        skipped[name] = str(error)
-        return None
-
-
-def _local(draws: PosteriorDraws, pair: _Pair, skipped: dict[str, str]) -> list[LocalTails]:
-    """Return k-hat per element, from the draws' own weights or given the latents outside each plate."""
-    if draws.plates:
-        return [LocalTails(draws.plates, pareto_k(draws.log_weight).unsqueeze(0), draws.num_samples)]
-    with forked_rng(), poutine.block(), torch.no_grad():
-        plates = list(candidate_plates(run_pair(*pair)))
-    found: list[LocalTails] = []
-    for plate in plates:
-        tails = _tried(f"k-hat in {plate}", skipped, lambda plate=plate: local_k(*pair, plate=plate))
-        if tails is not None and tails.plates not in [other.plates for other in found]:
-            found.append(tails)
-    return found
-
-
-def _annealed(
-    pair: _Pair, temperatures: int, max_seconds: float, reference: Any, skipped: dict[str, str]
-) -> Bracket | None:
-    if temperatures == 0:
-        skipped["annealing"] = "temperatures=0"
-        return None
-
-    def look() -> Bracket | None:
-        with forked_rng():
-            target = Target(make_sampler(*pair, _CHAINS))
-            start = time.perf_counter()
-            target.slopes(target.start, 0.5)
-            seconds = (time.perf_counter() - start) * 12 * temperatures * (1.5 if reference else 1)
-        if seconds > max_seconds:
-            skipped["annealing"] = f"it would take about {seconds:.0f} s, more than max_seconds={max_seconds:g}"
-            return None
-        return annealed_bracket(*pair, num_chains=_CHAINS, num_temperatures=temperatures, reference=reference)
-
-    return _tried("annealing", skipped, look)
-
-
-def _findings(
-    draws: PosteriorDraws,
-    k: float,
-    local: list[LocalTails],
-    bounds: list[BoundPoint],
-    correction: Effects | None,
-    score: Effects | None,
-    bracket: Bracket | None,
-    moved: Effects | None,
-    compared: Effects | None,
-    calibration: Calibration | None,
-) -> list[Finding]:
+def _findings(found: Examination) -> list[Finding]:
+    draws = found.draws
     units = float((torch.ones_like(draws.log_weight[0]) * draws.scale).sum()) if draws.plates else 1.0
-    elements = draws.log_weight[0].numel()
-    coordinates = sum(value[0].numel() for value in draws.values.values()) / elements
-    found = [
-        judge_weights(k, draws.num_samples, local, bool(draws.plates)),
-        judge_gap(bounds, units, coordinates),
-    ]
-    if correction is not None and found[0].level < 2:
-        found.append(judge_effects("correction", correction, "the guide less its weighted draws"))
-    if score is not None:
-        found.append(judge_score(score))
-    if bracket is not None:
-        found.append(judge_annealing(bracket, draws.importance_weighted, bounds[-1].se, units))
-    if moved is not None:
-        found.append(judge_effects("chains", moved, "the guide less annealed chains"))
-    if compared is not None:
-        found.append(judge_effects("reference", compared, "the guide less the reference"))
-    if calibration is not None:
-        found.append(judge_calibration(calibration))
-    return found
+    coordinates = sum(value[0].numel() for value in draws.values.values()) / draws.log_weight[0].numel()
+    weights = judge_weights(found.k, draws.num_samples, found.local, bool(draws.plates))
+    findings = [weights, judge_gap(found.bounds, units, coordinates)]
+    if found.correction is not None and weights.level < 2:
+        findings.append(judge_effects("correction", found.correction, "the guide less its weighted draws"))
+    if found.score is not None:
+        findings.append(judge_score(found.score))
+    if found.bracket is not None:
+        findings.append(judge_annealing(found.bracket, draws.importance_weighted, found.bounds[-1].se, units))
+    if found.drift is not None:
+        findings.append(judge_effects("chains", found.drift, "the guide less annealed chains"))
+    if found.against is not None:
+        findings.append(judge_effects("reference", found.against, "the guide less the reference"))
+    if found.calibration is not None:
+        findings.append(judge_calibration(found.calibration))
+    return findings

@@ -1,5 +1,7 @@
 """The report: right verdicts where the truth is known, kinds of models it works for, what it says, what it leaves."""
 
+import doctest
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -173,6 +175,13 @@ def test_nothing_is_changed_and_seeds_repeat():
     assert before.keys() == set(pyro.get_param_store().keys())
     assert all(param.grad is None for param in guide.parameters())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_example_is_true():
+    found = doctest.DocTestFinder().find(diagnose, "diagnose", globs={"torch": torch, "diagnose": diagnose})
+    runner = doctest.DocTestRunner()
+    results = [runner.run(test) for test in found]
+    assert sum(result.attempted for result in results) == 5 and not any(result.failed for result in results)
 
 
 def findings(**levels):

@@ -73,7 +73,7 @@ def test_elements_have_weights_of_their_own():
             pyro.sample("z", dist.Normal(data() / 2 + shifts, 0.8))
 
     effects = corrected(posterior_draws(local_model, guide, num_samples=4000, chunk_size=2000))
-    torch.testing.assert_close(effects.shift["z"], shifts / SD, rtol=0, atol=0.1)
+    torch.testing.assert_close(effects.shift["z"], shifts / SD, rtol=0, atol=0.1, check_dtype=False)
     name, shift, ratio, noise = effects.worst
     assert name == "z[3]" and shift == pytest.approx(0.5 / SD, abs=0.1)
     assert ratio == pytest.approx(0.8 / SD, abs=0.1) and 0 < noise < 0.05
