@@ -111,25 +111,30 @@ def decide(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     """Return the verdict and the sentence that gives its reason.
 
     No single witness acquits. Draws are good where weights, their correction and at least one witness that does not
-    live on the weights agree.
+    live on the weights agree. The slope alone does not condemn: along a narrow ridge it asks for a step of many of the
+    ridge's widths that is nothing beside its length, and chains that stay outvote it.
     """
     level = {finding.witness: finding.level for finding in findings}
     outer = [name for name in ("reference", "calibration") if level.get(name, 0) == 2]
     if outer:
         return Verdict.BAD, f"the {outer[0]} contradicts the guide"
     moved = [name for name in ("chains", "annealing", "score") if level.get(name, 0) == 2]
+    if level.get("chains") == 0:
+        moved = [name for name in moved if name != "score"]
     if level["weights"] == 2:
         return _without_weights(next(f for f in findings if f.witness == "weights"), moved, level)
     if level.get("correction", 0) == 2 or level["gap"] == 2:
         if "annealing" in moved:
             return Verdict.BAD, "annealing finds mass that the weighted draws miss"
         return Verdict.REWEIGHT, "the guide is off, but its weights can correct it"
+    if moved == ["score"]:
+        return Verdict.UNCLEAR, "the weights look fine, but not the slope under the guide"
     if moved:
         return Verdict.BAD, f"the weights look fine, but {_and(moved, 'sees', 'see')} mass that no draw met"
     seen = [name for name in ("chains", "score", "reference", "calibration") if name in level]
     if not seen:
         return Verdict.UNCLEAR, "only the weights speak, and they cannot see what no draw met"
-    if max(level.get(name, 0) for name in ("correction", "chains", "reference", "gap")) == 1:
+    if max(level.get(name, 0) for name in ("correction", "chains", "reference", "gap")) or level.get("score", 0) == 2:
         return Verdict.REWEIGHT, "the guide is slightly off, which its weights correct"
     return Verdict.GOOD, "weights, correction and " + _and(seen, "agrees", "agree")
 
