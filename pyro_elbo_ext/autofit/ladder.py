@@ -14,7 +14,7 @@ from pyro_elbo_ext.autofit.gaussian import Gaussian, fit_gaussian, starts
 from pyro_elbo_ext.autofit.minibatch import fit_minibatch
 from pyro_elbo_ext.autofit.proposal import Proposal
 from pyro_elbo_ext.autofit.result import AutofitReport, AutofitResult, Rung, own_store
-from pyro_elbo_ext.autofit.training import train_flow
+from pyro_elbo_ext.autofit.training import new_flow, train_flow
 from pyro_elbo_ext.autofit.verdict import Candidate, judge, weigh
 from pyro_elbo_ext.diagnostics.sampling import seeded
 from pyro_elbo_ext.diagnostics.verdict import Finding
@@ -22,6 +22,7 @@ from pyro_elbo_ext.diagnostics.weights import good_k
 
 __all__ = ["autofit"]
 
+RATE = 4e-3  # of Adam, for a flow's first training
 MAX_SIZE = 2000  # coordinates that a full covariance is fitted for
 DRAWS = 5  # times num_samples that may be drawn where moments are not yet precise
 
@@ -41,7 +42,8 @@ def autofit(
     Works on all continuous latent sites at once, unconstrained and non-centred as by :class:`~pyro_elbo_ext.AutoFlow`:
 
     1. full-rank Gaussians by natural-gradient steps from several starts, and the best one's under Student-t noise;
-    2. an inverse autoregressive flow that starts as the best Gaussian, at two step sizes.
+    2. an inverse autoregressive flow that starts as the best Gaussian, of each centring where there are two; then the
+       better one trained on at a smaller step size, or anew where it failed.
 
     The answer of a rung is its draws weighted by importance, smoothed by PSIS. The first rung whose weights have a
     k-hat below 1/2, and against which no witness speaks, ends the climb; after the last, the fit with the best
@@ -148,16 +150,20 @@ class _Climb:
         for proposal in self._proposals():
             candidate = weigh(proposal, max(self.num_samples // 2, 1000))
             self._note(candidate)
-            if candidate.is_comfortable(DRAWS * self.num_samples):  # then with other draws, which did not choose it
-                candidate = judge(weigh(proposal, self.num_samples, DRAWS * self.num_samples), self.fits)
+            if candidate.is_comfortable(DRAWS * self.num_samples):
+                candidate = self._judge(candidate)
                 if candidate.trusted:
                     return candidate
             found.append(candidate)
         usable = [c for c in found if c.k < good_k(len(c.log_weights))] or found
         best = max(usable, key=lambda candidate: candidate.bound)
-        if best.findings:
-            return best
-        return judge(weigh(best.proposal, self.num_samples, DRAWS * self.num_samples), self.fits)
+        return best if best.findings else self._judge(best)
+
+    def _judge(self, candidate: Candidate) -> Candidate:
+        """Judge a fit by other draws than those that it was chosen by."""
+        judged = judge(weigh(candidate.proposal, self.num_samples, DRAWS * self.num_samples), self.fits)
+        self.lap = time.monotonic()
+        return judged
 
     def _proposals(self) -> Iterator[Proposal]:
         for start in starts(self.frame):
@@ -167,11 +173,30 @@ class _Climb:
         best = max(self.fits, key=lambda fit: fit.bound)
         for base in ("normal", "studentt"):
             yield Proposal(f"gaussian ({base})", self.frame, affine_flow(*best[:2], base), best.centering)
-        for rate, length in ((4e-3, 1), (2e-3, 2)):
-            if not self.has_time():
-                return
-            flow = train_flow(self.frame, best, rate=rate, num_steps=length * self.num_steps, on_step=self.has_time)
-            yield replace(flow, name=f"flow (rate {rate})")
+        yield from self._flows()
+
+    def _flows(self) -> Iterator[Proposal]:
+        """Bend the best Gaussian of each centring, then train the better flow on, or anew where it failed."""
+        tried: list[tuple[float, Gaussian, Proposal]] = []
+        for fit in self._best_of_each_centring():
+            if self.has_time():
+                flow = train_flow(new_flow(self.frame, fit), RATE, self.num_steps, on_step=self.has_time)
+                yield replace(flow, name=f"flow {len(tried) + 1}")
+                tried.append((self.rungs[-1].bound, fit, flow))
+        if not self.has_time():
+            return
+        bound, fit, flow = max(tried, key=lambda entry: entry[0])
+        if bound >= self.rungs[0].bound:  # the Gaussian's
+            longer = train_flow(flow, RATE / 2, 2 * self.num_steps, on_step=self.has_time)
+        else:
+            longer = train_flow(new_flow(self.frame, fit), RATE / 4, 2 * self.num_steps, on_step=self.has_time)
+        yield replace(longer, name="flow, longer")
+
+    def _best_of_each_centring(self) -> list[Gaussian]:
+        best: dict[tuple, Gaussian] = {}
+        for fit in sorted(self.fits, key=lambda fit: -fit.bound):
+            best.setdefault(() if fit.centering is None else tuple(fit.centering.tolist()), fit)
+        return list(best.values())
 
     def _note(self, candidate: Candidate) -> None:
         now = time.monotonic()

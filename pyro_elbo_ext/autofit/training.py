@@ -2,6 +2,7 @@ r"""Rung two: a flow that starts as the best Gaussian and bends, :math:`w = \mu 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,46 +15,43 @@ from pyro_elbo_ext.autofit.proposal import Proposal
 from pyro_elbo_ext.bounds import log_mean_exp
 from pyro_elbo_ext.guides.flows import make_flow
 
-__all__ = ["train_flow"]
+__all__ = ["new_flow", "train_flow"]
 
-RATE, LAST = 4e-3, 0.02  # Adam's first rate, and the share of it at the end
+LAST = 0.02  # share of Adam's first rate that is left at the end
+TIGHTEN = 0.4  # share of the steps that climb the tighter bound
+PARTICLES, GROUPS = 64, (4, 32)  # of the first steps, of the last ones
 CLIP = 10.0  # largest norm of a gradient
 
 
+def new_flow(frame: Frame, gaussian: Gaussian) -> Proposal:
+    """Return an inverse autoregressive flow that still is a Gaussian, in whose coordinates it will bend."""
+    width = max(64, min(2 * frame.size, 512))
+    flow = make_flow("iaf", frame.size, hidden_features=(width,) if width > 64 else (64, 64), affine="tril")
+    flow = flow.to(gaussian.loc.device, gaussian.loc.dtype)
+    flow.affine.restart(gaussian.loc, gaussian.triangle)  # type: ignore[union-attr]
+    return Proposal("flow", frame, flow.requires_grad_(False), gaussian.centering)
+
+
 def train_flow(
-    frame: Frame,
-    gaussian: Gaussian,
-    *,
-    kind: str = "iaf",
-    rate: float = RATE,
-    num_steps: int = 1000,
-    num_particles: int = 64,
-    tighten: float = 0.3,
-    group: int = 8,
+    proposal: Proposal,
+    rate: float,
+    num_steps: int,
     on_step: Callable[[], bool] = lambda: True,
 ) -> Proposal:
-    """Train an inverse autoregressive flow in the Gaussian's coordinates, and the frame's centring weights with it.
+    """Train a copy of a flow, and the frame's centring weights with it; the outer affine map stays.
 
-    Most steps climb the ELBO. The last ones climb the importance-weighted bound of small groups of particles, whose
+    The first steps climb the ELBO. The last ones climb the importance-weighted bound of groups of particles, whose
     optimum covers more of the tails, so that the weights have lighter ones.
 
     Args:
-        frame: the coordinates.
-        gaussian: where the flow starts.
-        kind: of the flow.
+        proposal: a flow, trained already or not.
         rate: Adam's first learning rate; it falls along half a cosine.
         num_steps: number of steps.
-        num_particles: of each step.
-        tighten: share of the steps that climb the tighter bound.
-        group: its number of particles.
-        on_step: called before each step; False ends the training.
+        on_step: asked before each step; False ends the training.
     """
-    width = max(64, min(2 * frame.size, 512))
-    flow = make_flow(kind, frame.size, hidden_features=(width,) if width > 64 else (64, 64), affine="tril")
-    flow = flow.to(gaussian.loc.device, gaussian.loc.dtype)
-    flow.affine.restart(gaussian.loc, gaussian.triangle)  # type: ignore[union-attr]
+    frame, flow = proposal.frame, copy.deepcopy(proposal.flow).requires_grad_(True)
     flow.affine.requires_grad_(False)  # type: ignore[union-attr]
-    frame.centering = gaussian.centering
+    frame.centering = proposal.centering
     learned: list[Tensor] = [p for p in flow.parameters() if p.requires_grad]
     if frame.num_centred:
         frame.guide.centering.requires_grad_(True)
@@ -64,13 +62,14 @@ def train_flow(
             break
         share = 0.5 * (1 + math.cos(math.pi * step / num_steps))
         optim.param_groups[0]["lr"] = rate * (LAST + (1 - LAST) * share)
-        noise = flow.base.rsample(torch.Size([num_particles]))  # type: ignore[operator]
+        groups = (PARTICLES, 1) if step < (1 - TIGHTEN) * num_steps else GROUPS
+        noise = flow.base.rsample(torch.Size([math.prod(groups)]))  # type: ignore[operator]
         points, ladj = flow.push(noise)
         log_w = frame.log_joint(points) - flow.base.log_prob(noise) + ladj  # type: ignore[operator]
-        _ascend(optim, learned, log_w, group if step >= (1 - tighten) * num_steps else 1)
+        _ascend(optim, learned, log_w, groups[1])
     if frame.num_centred:
         frame.guide.centering.requires_grad_(False)
-    return Proposal(f"flow ({kind})", frame, flow.requires_grad_(False), frame.centering)
+    return Proposal("flow", frame, flow.requires_grad_(False), frame.centering)
 
 
 def _ascend(optim: torch.optim.Optimizer, learned: Sequence[Tensor], log_w: Tensor, group: int) -> None:

@@ -18,7 +18,7 @@ from pyro_elbo_ext.diagnostics.weights import MIN_SAMPLES, effective_sample_size
 
 __all__ = ["COMFORT", "Candidate", "judge", "weigh"]
 
-MEAN, LOG_SD = 0.04, 0.06  # largest standard errors, in posterior sd: half of what may be wrong in the end, or less
+MEAN, LOG_SD = 0.03, 0.05  # largest standard errors, in posterior sd: a third of what may be wrong in the end
 COMFORT = 0.5  # k-hat at which weights have a variance, and no higher rung is tried
 MARGIN = 0.05  # below the largest k-hat allowed, where half of the draws count, suffices as well
 CHANCE = 1e-3  # that chains which stay where they are look as if they moved
