@@ -1,0 +1,232 @@
+"""SVI whose steps are compiled: the same model, guide, optimiser and loss, without Python between the operations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.run.averaging import running_averages
+from pyro_elbo_ext.run.graph import LossGraph, record
+from pyro_elbo_ext.run.loop import BLOCK, Block, compile_block
+from pyro_elbo_ext.run.mutation import CompileError
+from pyro_elbo_ext.run.updates import State, Update
+from pyro_elbo_ext.tracing import forked_rng
+
+__all__ = ["CompiledSVI"]
+
+logger = logging.getLogger("pyro_elbo_ext")
+
+
+class Program(NamedTuple):
+    """A compiled step: its graph, the optimiser's part, the call, and how that runs."""
+
+    graph: LossGraph
+    update: Update
+    block: Block
+    how: str
+
+
+class CompiledSVI(SVI):
+    """SVI with compiled steps, many of them inside one call.
+
+    The first call runs model and guide once, takes down loss, gradient and the optimiser's step as one graph of tensor
+    operations, holds it against the eager loss from one random state, and compiles it, which takes seconds. Later ones
+    run it: :meth:`run` without Python in between. Other shapes, other arguments that are no tensors, and other
+    parameters are compiled anew, which is logged; tensors of the same shapes are not. After every call parameters and
+    the optimiser's state are where :class:`pyro.infer.SVI` has them, so that eager code goes on from there, and back.
+
+    For every ELBO class of this package that remembers nothing from step to step, and Pyro's SGD, Adam, AdamW and
+    ClippedAdam, alone or in a scheduler, with step sizes by parameter. Random numbers come from the same distributions
+    as in eager steps, not from the same sequence. Pyro's validation is off inside.
+
+    Args:
+        model: as in ``pyro.infer.SVI``, like the next three.
+        guide: its guide.
+        optim: a Pyro optimiser.
+        loss: an ELBO of this package.
+        fallback: what to do where a step cannot be compiled: ``"raise"``, or ``"eager"`` for SVI's own steps, which is
+            logged.
+        **kwargs: for ``pyro.infer.SVI``.
+
+    Attributes:
+        how: how the last call ran: ``"loop"`` for steps inside one compiled call, ``"step"`` for a Python loop over a
+            compiled one, ``"graph"`` where nothing could be compiled, ``"eager"`` for SVI's own; empty before.
+
+    Raises:
+        CompileError: in the first step: a branch on a random value, ``.item()``, in-place changes, random numbers that
+            are not torch's, or an optimiser that is not known; the line or the parameter is named.
+    """
+
+    def __init__(
+        self, model: Callable, guide: Callable, optim: PyroOptim, loss: Any, *, fallback: str = "raise", **kwargs: Any
+    ) -> None:
+        if fallback not in ("raise", "eager"):
+            raise ValueError(f'fallback must be "raise" or "eager", got {fallback!r}')
+        super().__init__(model, guide, optim, loss, **kwargs)
+        self._elbo = loss
+        self.fallback = fallback
+        self.how = ""
+        self._programs: dict[Any, Program | None] = {}  # None where steps are eager
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one step and return its loss in nats.
+
+        Raises:
+            NonFiniteError: the loss or its gradient is not finite; nothing was updated.
+        """
+        return float(self.run(1, *args, **kwargs)[0])
+
+    def run(self, num_steps: int, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Take steps and return their losses in nats, ``[num_steps]``.
+
+        An interruption ends the run after at most 256 steps, with parameters and optimiser in step.
+
+        Args:
+            num_steps: how many.
+            *args: arguments of model and guide, the same in all steps; data of a subsampled plate is drawn anew.
+            **kwargs: keyword arguments.
+
+        Raises:
+            NonFiniteError: a loss or its gradient is not finite. The parameters are those before that step.
+        """
+        program = self._program(args, kwargs)
+        if program is None:
+            self.how = "eager"
+            return np.array([super(CompiledSVI, self).step(*args, **kwargs) for _ in range(num_steps)])
+        self.how = program.how
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        given = [*_apart(given), *program.graph.held]
+        flat, state = _packed(program.graph.leaves), program.update.read()
+        memory = tuple(part.clone() for part in program.graph.memory)
+        losses: list[Tensor] = []
+        left = num_steps
+        try:
+            while left:
+                found = program.block(min(left, BLOCK), flat, state, memory, given)
+                flat, state, memory = found.flat, found.state, found.memory
+                losses.append(found.losses)
+                left -= len(found.losses)
+                if not found.ok:
+                    raise NonFiniteError(
+                        f"loss {float(found.losses[-1])} in step {num_steps - left} of {num_steps}, or a gradient that "
+                        "is not finite. Parameters are those before that step. Take smaller steps, or run one step by "
+                        "pyro.infer.SVI, whose error names the site."
+                    )
+        finally:
+            _write(flat, state, memory, program)
+        return torch.cat(losses).cpu().numpy()
+
+    def _program(self, args: tuple, kwargs: dict) -> Program | None:
+        key = _key(args, kwargs, self.model, self.guide)
+        known = self._programs.get(key, self)
+        if known is None:
+            return None
+        if isinstance(known, Program) and self._still_fits(known):
+            return known
+        if self._programs:
+            logger.warning("compiling another step: shapes, arguments, parameters or optimiser settings are new")
+        try:
+            self._programs[key] = self._compile(args, kwargs)
+        except CompileError:
+            if self.fallback == "raise":
+                raise
+            logger.warning("steps are eager, for they cannot be compiled", exc_info=True)
+            self._programs[key] = None
+        return self._programs[key]
+
+    def _still_fits(self, program: Program) -> bool:
+        store = pyro.get_param_store()._params
+        if any(store.get(name) is not leaf for name, leaf in program.graph.leaves.items()):
+            return False
+        return Update(self.optim, program.graph.leaves).key == program.update.key
+
+    def _compile(self, args: tuple, kwargs: dict) -> Program:
+        if not hasattr(self._elbo, "differentiable_loss"):
+            raise CompileError(f"{type(self._elbo).__name__} has no differentiable_loss to be compiled: use IWAE_ELBO.")
+        before = {name: value.detach().clone() for name, value in self._buffers().items()}
+        with forked_rng(), poutine.trace(param_only=True) as capture:
+            self._elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        buffers = self._buffers()
+        with torch.no_grad():
+            for name, value in buffers.items():  # a running mean that is made now starts at zero
+                value.copy_(before.get(name, torch.zeros_like(value)))
+        nodes: Mapping[str, Any] = capture.trace.nodes
+        leaves = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
+        kinds = {(leaf.dtype, leaf.device) for leaf in leaves.values()}
+        if len(kinds) != 1:
+            raise CompileError(f"parameters must share one dtype and device, and these are {sorted(map(str, kinds))}.")
+        graph = record(self._elbo, self.model, self.guide, leaves, buffers, (args, kwargs))
+        try:
+            update = Update(self.optim, graph.leaves)
+        except ValueError as error:
+            raise CompileError(str(error)) from error
+        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        start = _packed(graph.leaves), update.read(), tuple(part.clone() for part in graph.memory)
+        block, how = compile_block(graph, update, *start, [*_apart(given), *graph.held])
+        return Program(graph, update, block, how)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what a step may change besides parameters: buffers of modules, and what the loss remembers."""
+        found = dict(running_averages(self._elbo))
+        for part in (self.model, self.guide):
+            root = getattr(part, "__self__", part)
+            if isinstance(root, nn.Module):
+                found |= {f"buffer {name}": value for name, value in root.named_buffers()}
+        return found
+
+
+def _key(args: tuple, kwargs: dict, *parts: Any) -> tuple:
+    """Return what a compiled step depends on, the values of tensors left out."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    described = tuple(
+        (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v if _hashable(v) else id(v)) for v in flat
+    )
+    roots = [getattr(part, "__self__", part) for part in parts]
+    modules = [root.named_modules() for root in roots if isinstance(root, nn.Module)]
+    frozen = tuple(name for named in modules for name, module in named if not module.training)
+    return described, str(spec), frozen
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _apart(values: list[Tensor]) -> list[Tensor]:
+    """Copy tensors that share memory with one before them, which a loop's inputs may not."""
+    seen: set[int] = set()
+    found = []
+    for value in values:
+        shared = value.untyped_storage().data_ptr() in seen
+        seen.add(value.untyped_storage().data_ptr())
+        found.append(value.clone() if shared else value)
+    return found
+
+
+def _packed(leaves: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()])
+
+
+@torch.no_grad()
+def _write(flat: Tensor, state: State, memory: tuple[Tensor, ...], program: Program) -> None:
+    """Put a result where eager code looks for it."""
+    leaves = program.graph.leaves.values()
+    for leaf, part in zip(leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
+        leaf.copy_(part.reshape(leaf.shape))
+    for kept, value in zip(program.graph.memory, memory, strict=True):
+        kept.copy_(value)
+    program.update.write(state)
