@@ -18,7 +18,15 @@ from pyro_elbo_ext.elbo import (
 )
 from pyro_elbo_ext.guides import AutoFlow, AutoPlatedFlow, FlowDistribution, make_flow
 from pyro_elbo_ext.natural import NaturalGradient
-from pyro_elbo_ext.run import DistributedSVI, FitResult, StagedStop, fit, load_checkpoint, save_checkpoint
+from pyro_elbo_ext.run import (
+    CompiledSVI,
+    DistributedSVI,
+    FitResult,
+    StagedStop,
+    fit,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 __version__ = "0.1.0"
 
@@ -26,6 +34,7 @@ __all__ = [
     "AutoFlow",
     "AutoPlatedFlow",
     "CIWAE_ELBO",
+    "CompiledSVI",
     "DistributedSVI",
     "FitResult",
     "FlowDistribution",

@@ -147,9 +147,8 @@ class CompiledSVI(SVI):
 
     def _still_fits(self, program: Program) -> bool:
         store = pyro.get_param_store()._params
-        if any(store.get(name) is not leaf for name, leaf in program.graph.leaves.items()):
-            return False
-        return Update(self.optim, program.graph.leaves).key == program.update.key
+        same = all(store.get(name) is leaf for name, leaf in program.graph.leaves.items())
+        return same and program.update.is_current()
 
     def _compile(self, args: tuple, kwargs: dict) -> Program:
         if not hasattr(self._elbo, "differentiable_loss"):

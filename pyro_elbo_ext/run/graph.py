@@ -19,7 +19,7 @@ from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["CompileError", "LossGraph", "record"]
 
-LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pyro)) + (str(Path(__file__).parents[1]),)
+LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent))
 
 
 class LossGraph(NamedTuple):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_elbo_ext.run.graph import LossGraph
 from pyro_elbo_ext.run.updates import State, Update
@@ -58,12 +61,26 @@ def compile_block(
         ways.insert(0, ("loop", lambda: _compiled_loop(single)))
     for name, make in ways:
         try:
-            block = make()
-            block(1, flat, state, memory, given)  # compiles; the step itself is thrown away
+            with _quietly():
+                block = make()
+                block(1, flat, state, memory, given)  # compiles; the step itself is thrown away
             return block, name
         except Exception as error:
-            logger.warning("compiling the %s failed (%s); going on without", name, str(error).split("\n")[0])
+            said = " ".join(str(error).split("\n\n")[0].split())
+            logger.warning("compiling the %s failed (%s); going on without", name, said)
     return _python_loop(single), "graph"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep to itself what torch does when it first compiles: warn of itself, and switch validation off for all."""
+    validation = Distribution._validate_args
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Distribution.set_default_validate_args(validation)
 
 
 def _single(graph: LossGraph, update: Update) -> Callable:

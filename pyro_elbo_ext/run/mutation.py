@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ def return_changes(module: fx.GraphModule, buffers: Mapping[str, Tensor]) -> lis
             node.args = fx.map_arg(node.args, latest.of)
             if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
                 latest.replace(node)
+            elif node.target is torch.ops.aten.native_batch_norm.default and node.args[5]:
+                latest.replace_batch_norm(node)  # whose schema keeps quiet about what it changes
     graph.eliminate_dead_code()
     module.recompile()
     return [buffers[name] for name in latest.values]
@@ -86,8 +89,7 @@ class _Latest:
         plain = _without_effects(target)
         if len(written) != 1 or plain is None:
             raise CompileError(
-                f"every step changes '{name}' by {target}, which a compiled step cannot: put batch normalisation into "
-                "eval() mode, or train by pyro.infer.SVI."
+                f"every step changes '{name}' by {target}, which a compiled step cannot: train by pyro.infer.SVI."
             )
         with self._module.graph.inserting_before(node):
             new = self._module.graph.call_function(plain, node.args, node.kwargs)
@@ -95,6 +97,26 @@ class _Latest:
         self.values[name] = new
         node.replace_all_uses_with(new)
         self._names[new] = name
+        self._module.graph.erase_node(node)
+
+    def replace_batch_norm(self, node: fx.Node) -> None:
+        """The same for batch normalisation in training, which changes its running mean and variance."""
+        kept = [self._names.get(arg) for arg in node.args[3:5] if isinstance(arg, fx.Node)]  # type: ignore[index]
+        if not kept:
+            return
+        functional = torch.ops.aten._native_batch_norm_legit_functional.default
+        with self._module.graph.inserting_before(node):
+            new = self._module.graph.call_function(functional, node.args)
+            for place, name in enumerate(kept, start=3):
+                if name is None:
+                    raise CompileError(
+                        "batch normalisation changes running means that are no buffers of model or guide: give SVI "
+                        "modules, or methods of one, as model and guide."
+                    )
+                part = self._module.graph.call_function(operator.getitem, (new, place))
+                self.values[name] = part
+                self._names[part] = name
+        node.replace_all_uses_with(new)  # its three results come first
         self._module.graph.erase_node(node)
 
 

@@ -108,7 +108,8 @@ class Update:
     """
 
     def __init__(self, optim: PyroOptim, leaves: Mapping[str, Tensor]) -> None:
-        self._own = [_own(optim, name, leaf) for name, leaf in leaves.items()]
+        self._optim = optim
+        self._own = [_own(optim, leaf) for leaf in leaves.values()]
         self._leaves = list(leaves.values())
         groups = [own.param_groups[0] for own in self._own]
         kinds = {type(own) for own in self._own}
@@ -124,13 +125,20 @@ class Update:
         for name in found.absent:
             if groups[0].get(name):
                 raise ValueError(f"a compiled step has no {name}=True.")
-        self._kind = found
+        self._kind, self._several = found, (False, False)
+        self._sizes = [leaf.numel() for leaf in self._leaves]
         self.hyper = {name: groups[0].get(name, False) for name in found.settings}
+        self._several = self.read().rate.dim() > 0, self.read().steps.dim() > 0
 
-    @property
-    def key(self) -> tuple:
-        """What a graph of this step depends on."""
-        return self._kind.step.__name__, tuple(sorted(self.hyper.items()))
+    def is_current(self) -> bool:
+        """Tell whether the optimiser still has the parameters and settings that this was made for."""
+        for leaf, own in zip(self._leaves, self._own, strict=True):
+            found = self._optim.optim_objs.get(leaf)
+            if getattr(found, "optimizer", found) is not own:
+                return False
+            if any(own.param_groups[0].get(name, False) != value for name, value in self.hyper.items()):
+                return False
+        return True
 
     def step(self, state: State, flat: Tensor, grad: Tensor) -> tuple[Tensor, State]:
         """Return coordinates and state after a step: pure tensor code."""
@@ -142,13 +150,13 @@ class Update:
 
     def read(self) -> State:
         """Return the optimiser's state as it is now."""
-        rate = self._spread([float(own.param_groups[0]["lr"]) for own in self._own])
+        rate = self._spread([float(own.param_groups[0]["lr"]) for own in self._own], 0)
         slots = []
         for slot in self._slots:
             kept = [own.state.get(p, {}).get(slot) for own, p in zip(self._own, self._leaves, strict=True)]
             parts = [torch.zeros_like(p) if k is None else k for k, p in zip(kept, self._leaves, strict=True)]
             slots.append(torch.cat([part.detach().reshape(-1) for part in parts]))
-        return State(rate, self._spread(self._counts()), tuple(slots))
+        return State(rate, self._spread(self._counts(), 1), tuple(slots))
 
     def _counts(self) -> list[float]:
         counts = []
@@ -158,9 +166,9 @@ class Update:
             counts.append(float(kept.get("step", met)))
         return counts
 
-    def _spread(self, values: Sequence[float]) -> Tensor:
+    def _spread(self, values: Sequence[float], which: int) -> Tensor:
         example = self._leaves[0]
-        if len(set(values)) == 1:
+        if len(set(values)) == 1 and not self._several[which]:
             return torch.tensor(values[0], dtype=example.dtype, device=example.device)
         parts = [torch.full_like(p, value).reshape(-1) for p, value in zip(self._leaves, values, strict=True)]
         return torch.cat(parts).detach()
@@ -168,22 +176,21 @@ class Update:
     @torch.no_grad()
     def write(self, state: State) -> None:
         """Make the optimiser's own state that of a function's result."""
-        sizes = [p.numel() for p in self._leaves]
-        rates, counts = (_gathered(part, sizes) for part in (state.rate, state.steps))
-        slots = [part.split(sizes) for part in state.slots]
+        rates, counts = (_gathered(part, self._sizes) for part in (state.rate, state.steps))
+        slots = [part.split(self._sizes) for part in state.slots]
         for i, (own, p) in enumerate(zip(self._own, self._leaves, strict=True)):
             if self._kind.step is _clipped_adam:
                 own.param_groups[0]["lr"] = rates[i]
             kept = own.state[p]
             for slot, parts in zip(self._slots, slots, strict=True):
-                kept[slot] = parts[i].reshape(p.shape).clone()
+                kept[slot] = parts[i].view(p.shape)
             if self._kind.step is _clipped_adam:
                 kept["step"] = int(counts[i])
             elif self._kind.step is _adam:
                 kept["step"] = torch.tensor(counts[i], dtype=torch.get_default_dtype(), device="cpu")
 
 
-def _own(optim: PyroOptim, name: str, leaf: Tensor) -> torch.optim.Optimizer:
+def _own(optim: PyroOptim, leaf: Tensor) -> torch.optim.Optimizer:
     """Return a parameter's own torch optimiser, made as Pyro would make it at the first step."""
     if leaf not in optim.optim_objs:
         optim.optim_objs[leaf] = optim._get_optim(leaf)

@@ -53,6 +53,12 @@ class Coder(nn.Module):
             loc, scale = self.encode(x).chunk(2, -1)
             pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
 
+    def model_of_x(self):
+        self.model(self.x)
+
+    def guide_of_x(self):
+        self.guide(self.x)
+
 
 def lazily_built():
     return SVI(regression, AutoNormal(regression), pyro.optim.Adam({"lr": 0.02}), Trace_ELBO()), (7,), None

@@ -1,0 +1,360 @@
+import copy
+import logging
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+
+from pyro_elbo_ext import (
+    IWAE_ELBO,
+    AutoFlow,
+    AutoPlatedFlow,
+    CompiledSVI,
+    MeanField_ELBO,
+    Price_ELBO,
+    ScoreFunction_ELBO,
+    ScoreRegression_ELBO,
+)
+from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.run import loop
+from pyro_elbo_ext.run.averaging import running_averages
+from pyro_elbo_ext.run.graph import record
+from pyro_elbo_ext.run.mutation import CompileError
+from pyro_elbo_ext.run.updates import Update
+from tests.run.cases import Coder, coins, coins_guide, regression
+
+
+def leaves_of(names=None):
+    store = pyro.get_param_store()._params
+    return {name: store[name] for name in sorted(store) if names is None or name in names}
+
+
+def params():
+    return {name: leaf.detach().clone() for name, leaf in leaves_of().items()}
+
+
+# Graphs: the loss and gradient that were taken down are the ELBO's.
+
+PAIRS = {
+    "iwae, subsampled": (regression, AutoNormal, lambda: IWAE_ELBO(1), (7,)),
+    "dreg, full rank": (regression, AutoMultivariateNormal, lambda: IWAE_ELBO(4, "dreg"), ()),
+    "looped": (regression, AutoNormal, lambda: IWAE_ELBO(3, vectorize_particles=False), ()),
+    "stl, flow": (regression, AutoFlow, lambda: IWAE_ELBO(4, "stl"), ()),
+    "plated flow": (regression, AutoPlatedFlow, lambda: IWAE_ELBO(2), ()),
+    "mean field": (regression, AutoNormal, lambda: MeanField_ELBO(2), ()),
+    "price": (regression, AutoMultivariateNormal, lambda: Price_ELBO(2), ()),
+    "score regression": (regression, AutoMultivariateNormal, lambda: ScoreRegression_ELBO(10), ()),
+    "score function": (coins, lambda _: coins_guide, lambda: ScoreFunction_ELBO(4), ()),
+    "running mean": (coins, lambda _: coins_guide, lambda: ScoreFunction_ELBO(4, baseline="running-mean"), ()),
+    "vimco": (coins, lambda _: coins_guide, lambda: IWAE_ELBO(4, "vimco"), ()),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_graph_is_the_loss_and_its_gradient(name):
+    model, make_guide, make_elbo, args = PAIRS[name]
+    guide, elbo = make_guide(model), make_elbo()
+    with pyro.poutine.trace(param_only=True):
+        elbo.differentiable_loss(model, guide, *args)
+    memory = {**running_averages(elbo), **(dict(guide.named_buffers()) if hasattr(guide, "named_buffers") else {})}
+    before = {name: value.clone() for name, value in memory.items()}
+    graph = record(elbo, model, guide, leaves_of(), memory, (args, {}))
+    assert all(torch.equal(before[name], value) for name, value in memory.items())
+    inputs = [*graph.leaves.values(), *graph.held, *graph.memory]
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            found = graph.module(*inputs)
+        torch.manual_seed(seed)
+        loss = elbo.differentiable_loss(model, guide, *args)
+        grads = torch.autograd.grad(loss, list(graph.leaves.values()))
+        for traced, eager in zip(found, [loss, *grads], strict=False):
+            torch.testing.assert_close(traced, eager.detach(), rtol=1e-9, atol=1e-10)
+        for traced, eager in zip(found[1 + len(grads) :], graph.memory, strict=True):
+            torch.testing.assert_close(traced, eager)
+        inputs[len(inputs) - len(graph.memory) :] = [value.clone() for value in graph.memory]
+    assert bool(graph.memory) == ("flow" in name or name == "running mean")
+
+
+# Updates: a step of the function is the optimiser's.
+
+OPTIMISERS = {
+    "sgd": lambda: pyro.optim.SGD({"lr": 0.1}),
+    "momentum": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01}),
+    "nesterov": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+    "adam": lambda: pyro.optim.Adam({"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}),
+    "adamw": lambda: pyro.optim.AdamW({"lr": 0.1, "weight_decay": 0.2}),
+    "by name": lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if name == "a" else 0.02}),
+    "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9, "clip_norm": 0.5, "weight_decay": 0.1}),
+    "centred": lambda: pyro.optim.ClippedAdam({"lr": 0.1, "centered_variance": True}),
+    "scheduled": lambda: pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_the_update_is_the_optimisers(name):
+    """Eager steps, steps of the function, and eager ones again, against eager ones alone."""
+    pyro.param("a", torch.randn(3))
+    pyro.param("b", torch.randn(2, 2))
+    start, grads = params(), [{"a": torch.randn(3), "b": torch.randn(2, 2)} for _ in range(9)]
+    expected = {}
+    for functional in (False, True):
+        leaves, optim = leaves_of(), OPTIMISERS[name]()
+        with torch.no_grad():
+            for key, leaf in leaves.items():
+                leaf.copy_(start[key])
+        for i, grad in enumerate(grads):
+            if functional and 3 <= i < 6:
+                update = Update(optim, leaves)
+                flat = torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()])
+                joined = torch.cat([grad[key].reshape(-1) for key in leaves])
+                flat, state = update.step(update.read(), flat, joined)
+                update.write(state)
+                with torch.no_grad():
+                    leaves["a"].copy_(flat[:3])
+                    leaves["b"].copy_(flat[3:].reshape(2, 2))
+            else:
+                for key, leaf in leaves.items():
+                    leaf.grad = grad[key].clone()
+                optim(list(leaves.values()))
+            if name == "scheduled" and i % 2:
+                optim.step()
+        if not functional:
+            expected = params()
+    for key, value in params().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-12)
+
+
+# Compiled runs, without noise: the eager ones to rounding.
+
+
+def eager_and_compiled(optim, steps, args=(), model=regression, guide=AutoDelta):
+    found = {}
+    for kind in ("eager", "compiled"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = (SVI if kind == "eager" else CompiledSVI)(model, guide(model), optim(), IWAE_ELBO(1))
+        if kind == "eager":
+            losses = [svi.step(*args) for _ in range(steps)]
+        else:
+            losses = [*svi.run(2, *args), svi.step(*args), *svi.run(steps - 5, *args)]
+            eager = SVI(model, svi.guide, svi.optim, IWAE_ELBO(1))
+            losses += [eager.step(*args), eager.step(*args)]  # and on from there
+            assert svi.how == "loop"
+        found[kind] = np.array(losses), params()
+    return found["eager"], found["compiled"]
+
+
+@pytest.mark.parametrize("optim", ["adam", "clipped"])
+def test_without_noise_a_compiled_run_is_the_eager_one(optim):
+    (losses, expected), (again, found) = eager_and_compiled(OPTIMISERS[optim], 120)
+    np.testing.assert_allclose(again, losses, rtol=1e-8)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+    assert losses[-1] < losses[0] - 100
+
+
+def test_with_noise_it_reaches_the_posterior_and_takes_other_data_of_one_shape(caplog):
+    """A conjugate normal mean, whose posterior is exact; no shape is new, so that nothing is compiled again."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    guide = AutoNormal(model)
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), IWAE_ELBO(8, "stl"))
+    assert isinstance(svi, SVI)
+    for centre in (2.0, -1.0):
+        x = centre + torch.randn(15)
+        losses = svi.run(1500, x)
+        assert losses.shape == (1500,)
+        assert float(guide.locs.mu.detach()) == pytest.approx(float(x.sum() / 16), abs=0.02)
+        assert float(guide.scales.mu.detach()) == pytest.approx(0.25, abs=0.01)
+        evidence = dist.MultivariateNormal(torch.zeros(15), torch.eye(15) + 1.0).log_prob(x)
+        assert svi.evaluate_loss(x) == pytest.approx(-float(evidence), abs=0.05)
+        assert len(set(losses[:100])) == 100  # other noise in every step
+    assert not [record for record in caplog.records if record.name == "pyro_elbo_ext"]
+    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
+        svi.step(torch.randn(4)), svi.step(torch.randn(4))
+    assert [record.message for record in caplog.records if record.name == "pyro_elbo_ext"] == [
+        "compiling another step: shapes, arguments, parameters or optimiser settings are new"
+    ]
+
+
+def test_a_vae_its_memory_and_data_that_are_held():
+    """Batch norm's running means, and data in a closure that change in place."""
+    start, rows = Coder(), torch.randn(6, 4)
+    buffers = {}
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        coder, x = copy.deepcopy(start), rows.clone()
+        coder.x = x
+
+        elbo = IWAE_ELBO(2, max_plate_nesting=1)  # which else runs the pair once more to count its plates
+        svi = kind(coder.model_of_x, coder.guide_of_x, pyro.optim.SGD({"lr": 1e-12}), elbo)
+        losses = [svi.step() for _ in range(4)]
+        x.add_(100.0)
+        assert svi.step() > 100 * max(losses)
+        buffers[kind] = {name: value.clone() for name, value in coder.named_buffers()}
+    assert set(buffers[SVI]) >= {"encode.1.running_mean", "encode.1.num_batches_tracked"}
+    for name, value in buffers[SVI].items():
+        torch.testing.assert_close(buffers[CompiledSVI][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_it_stops_before_a_step_that_is_not_finite():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 10.0))
+        pyro.factor("fall", 1e-9 * torch.log(x - 0.5) - x)
+
+    def guide():
+        pyro.sample("x", dist.Delta(pyro.param("loc", torch.tensor(1.0))))
+
+    def make(kind):
+        pyro.clear_param_store()
+        return kind(model, guide, pyro.optim.SGD({"lr": 0.01}), IWAE_ELBO(1))
+
+    eager, steps = make(SVI), 0
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError):
+        while True:
+            before = params()
+            eager.step()
+            steps += 1
+    with pytest.raises(NonFiniteError, match=f"in step {steps + 1} of 2000"):
+        make(CompiledSVI).run(2000)
+    assert steps > 20
+    torch.testing.assert_close(params()["loc"], before["loc"])
+
+
+def test_an_interruption_leaves_parameters_and_optimiser_in_step(monkeypatch):
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(regression, AutoDelta(regression), optim, IWAE_ELBO(1))
+    svi.step()
+    (program,) = svi._programs.values()
+    calls = []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return program.block(*args)
+
+    svi._programs = {key: program._replace(block=interrupted) for key in svi._programs}
+    with pytest.raises(KeyboardInterrupt):
+        svi.run(10_000)
+    assert {int(own["step"]) for o in optim.optim_objs.values() for own in o.state.values()} == {1 + 2 * loop.BLOCK}
+
+
+@pytest.mark.parametrize("missing", ["loop", "compiler"])
+def test_what_is_missing_is_said_and_gone_without(missing, monkeypatch, caplog):
+    def fails(*args):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(loop, "_compiled_loop", fails)
+    if missing == "compiler":
+        monkeypatch.setattr(loop, "_compiled", fails)
+    svi = CompiledSVI(regression, AutoDelta(regression), pyro.optim.Adam({"lr": 0.05}), IWAE_ELBO(1))
+    losses = svi.run(40)
+    assert svi.how == {"loop": "step", "compiler": "graph"}[missing]
+    assert "compiling the loop failed (no such thing); going on without" in caplog.text
+    pyro.clear_param_store()
+    eager = SVI(regression, AutoDelta(regression), pyro.optim.Adam({"lr": 0.05}), IWAE_ELBO(1))
+    np.testing.assert_allclose(losses, [eager.step() for _ in range(40)], rtol=1e-9)
+
+
+def test_nothing_is_left_changed():
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    before = {m.__name__: m.save_config_portable() for m in (torch._inductor.config, torch._dynamo.config)}
+    svi = CompiledSVI(coins, coins_guide, pyro.optim.Adam({"lr": 0.05}), ScoreFunction_ELBO(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.run(2)
+    assert before == {m.__name__: m.save_config_portable() for m in (torch._inductor.config, torch._dynamo.config)}
+    assert all(leaf.grad is None for leaf in leaves_of().values())
+
+
+# What cannot be compiled.
+
+
+def branches():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z if z > 0 else -z, 1.0), obs=torch.tensor(1.0))
+
+
+def takes_a_number_out():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("x", torch.tensor(z.item()))
+
+
+def draws_elsewhere():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("x", np.random.uniform() * z)  # noqa: NPY002
+
+
+def counts():
+    COUNT[0] += 1
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("x", COUNT[0] * z)
+
+
+COUNT, TOTAL = [0], torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+def remembers():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    TOTAL.to(z.device).add_(z.detach().sum())
+    pyro.factor("x", TOTAL.to(z.device) * z)
+
+
+def adam():
+    return pyro.optim.Adam({"lr": 0.1})
+
+
+REFUSED = {
+    "a branch": (branches, adam, None, r"test_compiled.py, line \d+: .*if z > 0.*number was taken out of a tensor"),
+    "item": (takes_a_number_out, adam, None, r"line \d+: .*z.item\(\).*number was taken out of a tensor"),
+    "another generator": (draws_elsewhere, adam, None, "from one random state the loss is .* and in the graph"),
+    "a counter": (counts, adam, None, "from one random state the loss is"),
+    "a total": (remembers, adam, None, r"changes a tensor of shape \(\) that model or guide holds in place"),
+    "Pyro's ELBO": (branches, adam, Trace_ELBO(), "cannot be compiled.*IWAE_ELBO"),
+    "an unknown optimiser": (coins, lambda: pyro.optim.Rprop({"lr": 0.1}), None, "knows Adam, AdamW, SGD.*not Rprop"),
+    "clip_args": (coins, lambda: pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0}), None, "knows no clip_args"),
+    "settings by name": (
+        coins, lambda: pyro.optim.Adam(lambda name: {"lr": 0.1, "eps": 1e-3 * len(name)}), None, "'eps' differs",
+    ),
+    "amsgrad": (coins, lambda: pyro.optim.Adam({"lr": 0.1, "amsgrad": True}), None, "has no amsgrad=True"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_and_eager_if_asked(name, caplog):
+    model, optim, loss, message = REFUSED[name]
+    guide = coins_guide if model is coins else AutoNormal(model)
+    settings = (loss or (ScoreFunction_ELBO(2) if model is coins else IWAE_ELBO(1)),)
+    with pytest.raises(CompileError, match=message):
+        CompiledSVI(model, guide, optim(), *settings).step()
+    svi = CompiledSVI(model, guide, optim(), *settings, fallback="eager")
+    assert np.isfinite(svi.run(3)).all()
+    assert svi.how == "eager"
+    assert "steps are eager" in caplog.text
+
+
+def test_batch_norm_of_no_module_is_refused():
+    coder = Coder()
+    svi = CompiledSVI(lambda x: coder.model(x), lambda x: coder.guide(x), adam(), IWAE_ELBO(2))
+    with pytest.raises(CompileError, match="no buffers of model or guide|model or guide holds in place"):
+        svi.step(torch.randn(5, 4))
+
+
+def test_unknown_fallback():
+    with pytest.raises(ValueError, match='fallback must be "raise" or "eager", got \'python\''):
+        CompiledSVI(coins, coins_guide, adam(), IWAE_ELBO(1), fallback="python")
