@@ -152,7 +152,7 @@ class _Climb:
             self._note(candidate)
             if candidate.is_comfortable(DRAWS * self.num_samples):
                 candidate = self._judge(candidate)
-                if candidate.trusted:
+                if candidate.trusted or candidate.misses_mass:  # no later rung would cross to another mode
                     return candidate
             found.append(candidate)
         usable = [c for c in found if c.k < good_k(len(c.log_weights))] or found

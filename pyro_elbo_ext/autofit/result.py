@@ -53,7 +53,7 @@ class AutofitReport:
         rungs: the fits, in the order in which they were tried.
         chosen: name of the one that the result is made of.
         k: k-hat of its weights.
-        ess: their effective sample size.
+        ess: effective sample size of the smoothed ones.
         log_evidence: log of their mean, in nats.
         restarts: the ELBO that each start of the first rung came to, in nats.
         size: number of unconstrained coordinates.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ MEAN, LOG_SD = 0.03, 0.05  # largest standard errors, in posterior sd: a third o
 COMFORT = 0.5  # k-hat at which weights have a variance, and no higher rung is tried
 MARGIN = 0.05  # below the largest k-hat allowed, where half of the draws count, suffices as well
 CHANCE = 1e-3  # that chains which stay where they are look as if they moved
+CHAINS, CHEAP = (400, 1000), 20  # chains, and up to how many coordinates there are more of them
 MASS = 0.1  # nats of evidence that restarts may find beyond the fit's
 GROUP = 50  # particles of the bound by which fits are compared
 
@@ -35,7 +36,7 @@ class Candidate:
         draws: from it, with raw log-weights.
         log_weights: smoothed by PSIS and normalised, ``[S]``.
         k: Pareto's k-hat.
-        ess: effective sample size.
+        ess: effective sample size of the smoothed weights.
         precision: of weighted moments.
         findings: of witnesses asked so far.
     """
@@ -72,6 +73,11 @@ class Candidate:
         return even and error <= 1
 
     @property
+    def misses_mass(self) -> bool:
+        """True where restarts together found more evidence."""
+        return any(finding.witness == "restarts" and finding.level for finding in self.findings)
+
+    @property
     def trusted(self) -> bool:
         """True where all witnesses were asked and none speaks against the draws."""
         return bool(self.findings) and all(finding.level == 0 for finding in self.findings)
@@ -106,7 +112,7 @@ def _weigh(proposal: Proposal, draws: Draws, values: dict[str, Tensor]) -> Candi
         return Candidate(proposal, draws, torch.full_like(log_w, -math.log(len(log_w))), math.inf, 0.0, none)
     smoothed, k = psis(log_w)
     return Candidate(
-        proposal, draws, smoothed, float(k), float(effective_sample_size(log_w)), precision(values, smoothed)
+        proposal, draws, smoothed, float(k), float(effective_sample_size(smoothed)), precision(values, smoothed)
     )
 
 
@@ -121,7 +127,7 @@ def judge(candidate: Candidate, fits: Sequence[Gaussian]) -> Candidate:
     if candidate.k < math.inf:
         findings.append(_judge_drift(candidate))
         findings.append(_judge_restarts(candidate, fits))
-    return Candidate(**{**vars(candidate), "findings": tuple(findings)})
+    return replace(candidate, findings=tuple(findings))
 
 
 def _judge_weights(candidate: Candidate) -> Finding:
@@ -138,9 +144,10 @@ def _judge_precision(candidate: Candidate) -> Finding:
 
 
 def _judge_drift(candidate: Candidate) -> Finding:
-    found: Drift = drift(candidate.proposal, candidate.draws, candidate.log_weights)
-    tests = 2 * candidate.proposal.frame.size + 1
-    limit = float(-torch.special.ndtri(torch.tensor(CHANCE / (2 * tests), dtype=torch.float64)))
+    few, many = CHAINS
+    num_chains = many if candidate.proposal.frame.size <= CHEAP else few
+    found: Drift = drift(candidate.proposal, candidate.draws, candidate.log_weights, num_chains)
+    limit = float(-torch.special.ndtri(torch.tensor(CHANCE / (2 * found.num), dtype=torch.float64)))
     still = not found.accept >= 0.3  # chains that stand still say nothing
     text = f"chains move moments by {found.z:.1f} standard errors (chance allows {limit:.1f})"
     text += f", a mean by {found.shift:.2f} sd at most; they accept {found.accept:.0%}"

@@ -67,12 +67,14 @@ class Drift(NamedTuple):
     """Where chains that start at the fitted posterior went.
 
     Attributes:
-        z: largest change of a mean, or of a mean square, in standard errors.
-        shift: largest change of a mean in standard deviations.
+        z: largest change of a mean in standard errors, of all that is followed.
+        num: means that are followed.
+        shift: largest change of a coordinate's mean in standard deviations.
         accept: mean acceptance rate.
     """
 
     z: float
+    num: int
     shift: float
     accept: float
 
@@ -82,13 +84,13 @@ def drift(
     proposal: Proposal,
     draws: Draws,
     log_weights: Tensor,
-    num_chains: int = 400,
+    num_chains: int,
     num_transitions: int = 15,
     num_leapfrog: int = 5,
 ) -> Drift:
     """Run chains from resampled draws, which do not move on average if those are the posterior's.
 
-    Changes are of noise and its square per coordinate, and of the posterior's log-density, each over chains.
+    Followed are coordinates, noise and its square, and the posterior's log-density, each averaged over chains.
 
     Args:
         proposal: what was fitted.
@@ -100,24 +102,23 @@ def drift(
     """
     first = draws.noise[systematic(log_weights)[:num_chains]]
     chains = Chains.at(proposal, first)
-    before = _features(chains)
+    before = _followed(proposal, chains)
     step, accepted = 0.9 * first.shape[-1] ** -0.25, []
     for _ in range(num_transitions):
         chains, accept = move(proposal, chains, step, num_leapfrog)
         step *= math.exp(0.5 * (accept - 0.8))
         accepted.append(accept)
-    after = _features(chains)
-    change = after - before
+    change = _followed(proposal, chains) - before
     error = (change.var(0) / len(first)).sqrt()
     moved = torch.where(error > 0, change.mean(0) / error.clamp(min=1e-300), 0.0)
     size = first.shape[-1]
     shift = change[:, :size].mean(0).abs() / before[:, :size].std(0).clamp(min=1e-12)
-    return Drift(float(moved.abs().max()), float(shift.max()), sum(accepted) / len(accepted))
+    return Drift(float(moved.abs().max()), len(moved), float(shift.max()), sum(accepted) / len(accepted))
 
 
-def _features(chains: Chains) -> Tensor:
+def _followed(proposal: Proposal, chains: Chains) -> Tensor:
     bounded = chains.noise.clamp(-10, 10)
-    return torch.cat([bounded, bounded.square(), chains.log_density[:, None]], -1)
+    return torch.cat([proposal.push(chains.noise)[0], bounded, bounded.square(), chains.log_density[:, None]], -1)
 
 
 def evidence_error(log_weight: Tensor) -> float:
