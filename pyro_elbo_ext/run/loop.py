@@ -84,19 +84,22 @@ def _quietly() -> Iterator[None]:
 
 
 def _single(graph: LossGraph, update: Update) -> Callable:
-    """Return one step as tensor code: ``(given, flat, rate, count, *slots, *memory)`` to the same without given."""
+    """Return one step as tensor code: from what is given, whether all was finite so far, and what is carried on.
+
+    That is ``flat, rate, count, *slots, *memory``; it stays as it is from the first step on that is not finite.
+    """
     shapes = [leaf.shape for leaf in graph.leaves.values()]
     sizes = [leaf.numel() for leaf in graph.leaves.values()]
     module, num_memory, num_leaves = graph.module, len(graph.memory), len(shapes)
 
-    def single(given: tuple[Tensor, ...], *carried: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def single(given: tuple[Tensor, ...], ok: Tensor, *carried: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         flat, rate, count, *rest = carried
         slots, memory = tuple(rest[: len(rest) - num_memory]), rest[len(rest) - num_memory :]
         parts = [part.reshape(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
         loss, *found = module(*parts, *given, *memory)
         grad = torch.cat([part.reshape(-1) for part in found[:num_leaves]])
         flat, (rate, count, slots) = update.step(State(rate, count, slots), flat, grad)
-        ok = torch.isfinite(loss) & torch.isfinite(grad.sum())
+        ok = ok & torch.isfinite(loss) & torch.isfinite(grad.sum())
         after = (flat, rate, count, *slots, *found[num_leaves:])
         return loss, ok, tuple(torch.where(ok, new, old) for new, old in zip(after, carried, strict=True))
 
@@ -125,7 +128,7 @@ def _compiled_loop(single: Callable) -> Block:
             return (step < num) & ok
 
         def body(step: Tensor, ok: Tensor, losses: Tensor, *carried: Tensor) -> tuple:
-            loss, ok, carried = single(given, *carried)
+            loss, ok, carried = single(given, ok, *carried)
             losses = torch.where(steps == step, loss, losses)
             return (step + 1, ok, losses.clone(), *(part.clone() for part in carried))
 
@@ -147,15 +150,16 @@ def _compiled_loop(single: Callable) -> Block:
 
 def _python_loop(single: Callable) -> Block:
     def block(num: int, flat: Tensor, state: State, memory: Memory, given: Sequence[Tensor]) -> Outcome:
-        carried, losses = _laid_out(flat, state, memory), []
+        carried = _laid_out(flat, state, memory)
+        seen, ok = [], torch.ones((), dtype=torch.bool, device=flat.device)
         with torch.no_grad():
-            for _ in range(num):
-                loss, ok, carried = single(tuple(given), *carried)
-                carried = tuple(part.clone() for part in carried)  # a CUDA graph writes over its results
-                losses.append(loss.clone())
-                if not ok:
-                    break
-        return Outcome(*_taken_apart(carried, len(memory)), torch.stack(losses), bool(ok))
+            for _ in range(num):  # without a look at a value: a GPU need not be waited for
+                loss, ok, carried = single(tuple(given), ok, *carried)
+                ok, carried = ok.clone(), tuple(part.clone() for part in carried)  # a CUDA graph reuses its results
+                seen.append(torch.stack([loss, ok.to(loss)]))
+        losses, fine = torch.stack(seen).unbind(1)
+        taken = min(int(fine.sum()) + 1, num)
+        return Outcome(*_taken_apart(carried, len(memory)), losses[:taken], bool(ok))
 
     return block
 
