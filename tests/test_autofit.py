@@ -38,11 +38,13 @@ def regression(columns=(1.0, 1e3, 1e-2), noise=0.5):
             mean = beta @ x.T
             mean = mean.squeeze(-2) if mean.dim() > 1 else mean  # the rows take the place of the event
             pyro.sample("y", dist.Normal(mean, noise), obs=y)
+        pyro.sample("apart", dist.Normal(0.0, 1.0), obs=torch.tensor(1.5))  # a constant of the evidence
 
     covariance = torch.linalg.inv(x.T @ x / noise**2 + torch.diag(prior**-2))
     mean = covariance @ (x.T @ y) / noise**2
     marginal = x @ torch.diag(prior**2) @ x.T + noise**2 * torch.eye(30)
-    return model, mean, covariance, float(dist.MultivariateNormal(torch.zeros(30), marginal).log_prob(y))
+    evidence = dist.MultivariateNormal(torch.zeros(30), marginal).log_prob(y)
+    return model, mean, covariance, float(evidence + dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.5)))
 
 
 def on_vector(log_density, size):
@@ -135,15 +137,25 @@ def test_a_hierarchy_has_the_moments_of_quadrature():
             assert ((sd.log() - variance.log() / 2).abs() < 0.1).all(), name
 
 
-def test_the_guide_alone_fits_what_it_is_trusted_for():
+def informed():
+    """Much is known of each group, so that a Gaussian fits better half-way to centred."""
+    tau = pyro.sample("tau", dist.LogNormal(torch.tensor(0.0), 1.0))
+    with pyro.plate("groups", 4):
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(theta, 0.1), obs=Y.to(theta))
+
+
+@pytest.mark.parametrize("model", [schools, informed])
+def test_the_guide_alone_fits_what_it_is_trusted_for(model):
     """The guide's own weights are those that were judged, and it goes on learning under SVI."""
-    result = autofit(schools, seed=2, num_samples=4000, num_steps=5)
-    draws = posterior_draws(schools, result.guide, num_samples=4000, seed=0)
+    result = autofit(model, seed=2, num_samples=4000, num_steps=5)
+    assert (result.guide.centering_weights["theta"] > 0.4) == (model is informed)
+    draws = posterior_draws(model, result.guide, num_samples=4000, seed=0)
     own, judged = draws.log_weight, result.log_weights
     error = math.hypot(float(own.std()), float(judged.std())) / 4000**0.5
     assert abs(float(own.mean() - judged.mean())) < 4 * error
     assert isinstance(result.guide, AutoFlow)
-    svi = SVI(schools, result.guide, pyro.optim.Adam({"lr": 1e-4}), Trace_ELBO(num_particles=10))
+    svi = SVI(model, result.guide, pyro.optim.Adam({"lr": 1e-4}), Trace_ELBO(num_particles=10))
     assert math.isfinite(svi.step()) and math.isfinite(svi.step())
 
 
