@@ -1,6 +1,7 @@
 """Tighter bounds, better gradients, natural-gradient steps and flow guides for Pyro's own SVI, fitted and judged."""
 
 from pyro_elbo_ext.arviz import loo, to_arviz
+from pyro_elbo_ext.autofit import autofit
 from pyro_elbo_ext.diagnostics import diagnose
 from pyro_elbo_ext.elbo import (
     CIWAE_ELBO,
@@ -51,6 +52,7 @@ __all__ = [
     "StagedStop",
     "VRIWAE_ELBO",
     "ImportanceWeighted_ELBO",
+    "autofit",
     "diagnose",
     "fit",
     "load_checkpoint",

@@ -58,11 +58,34 @@ def test_flow_guides_print_what_they_say(printed_by):
         assert float(found[name]) == pytest.approx(float(expected[name]), abs=0.1)
 
 
+def test_a_fit_is_judged_and_kept_as_it_says(printed_by):
+    out = printed_by(5)
+    said = re.findall(r"^mu +(-?[\d.]+) +([\d.]+)", README, flags=re.M)[0]
+    found = re.findall(r"^mu +(-?[\d.]+) +([\d.]+)", out, flags=re.M)[0]
+    assert [float(value) for value in found] == pytest.approx([float(value) for value in said], abs=0.4)
+    assert re.search(r"^loss 31\.[234]\d ± 0\.\d\d nats after 1200 steps", out, flags=re.M)
+    assert "verdict         REWEIGHT: use the draws with their importance weights" in out
+
+
+def test_one_call_is_trusted(capsys):
+    setup = BLOCKS[5].partition("guide = ")[0]
+    namespace = {}
+    exec(compile(setup + BLOCKS[6], "README.md", "exec"), namespace)
+    assert "trusted" in capsys.readouterr().out.splitlines()[0]
+    assert namespace["fitted"].report.trusted
+    assert float(namespace["draws"]["mu"].mean()) == pytest.approx(4.4, abs=0.5)
+
+
+def test_compiled_steps_are_faster(printed_by):
+    times = dict(re.findall(r"^(\w+) +(\d+) microseconds a step$", printed_by(7).replace("  ", " "), flags=re.M))
+    assert int(times["CompiledSVI"]) < int(times["SVI"]) / 5
+
+
 def test_own_bound_has_every_estimator():
     from pyro_elbo_ext.testing import conformance
 
     namespace = {}
-    exec(compile(BLOCKS[5], "README.md", "exec"), namespace)
+    exec(compile(BLOCKS[8], "README.md", "exec"), namespace)
     checks = conformance(namespace["SoftMinimum_ELBO"], zero_variance=True, size=0.05)
     assert all(check.passed for check in checks), checks
 

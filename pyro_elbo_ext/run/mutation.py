@@ -101,7 +101,7 @@ class _Latest:
 
     def replace_batch_norm(self, node: fx.Node) -> None:
         """The same for batch normalisation in training, which changes its running mean and variance."""
-        kept = [self._names.get(arg) for arg in node.args[3:5] if isinstance(arg, fx.Node)]  # type: ignore[index]
+        kept = [self._names.get(arg) for arg in node.args[3:5] if isinstance(arg, fx.Node)]
         if not kept:
             return
         functional = torch.ops.aten._native_batch_norm_legit_functional.default
