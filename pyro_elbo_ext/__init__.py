@@ -1,7 +1,7 @@
 """Tighter bounds, better gradients, natural-gradient steps and flow guides for Pyro's own SVI, fitted and judged."""
 
 from pyro_elbo_ext.arviz import loo, to_arviz
-from pyro_elbo_ext.autofit import autofit
+from pyro_elbo_ext.autofit import AutofitResult, autofit
 from pyro_elbo_ext.diagnostics import diagnose
 from pyro_elbo_ext.elbo import (
     CIWAE_ELBO,
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoFlow",
     "AutoPlatedFlow",
+    "AutofitResult",
     "CIWAE_ELBO",
     "CompiledSVI",
     "DistributedSVI",
