@@ -54,12 +54,15 @@ class Memory(nn.Module):
         self._memory: dict[str, Tensor] = {}
 
     def recall(self, key: str, example: Tensor, shape: Sequence[int] = ()) -> Tensor:
-        """Return the tensor under a key, zeros like the example at first.
+        """Return the tensor under a key, zeros like the example at first, on the device of the example.
 
         Raises:
             ValueError: it has another shape, from another model.
         """
-        kept = self._memory.setdefault(key, example.new_zeros(tuple(shape)))
+        kept = self._memory.get(key)
+        if kept is None or kept.device != example.device:  # a checkpoint's is on the CPU
+            kept = example.new_zeros(tuple(shape)) if kept is None else kept.to(example.device)
+            self._memory[key] = kept
         if kept.shape != tuple(shape):
             raise ValueError(
                 f"{type(self).__name__} remembers '{key}' with shape {tuple(kept.shape)}, but it now has "

@@ -70,10 +70,16 @@ class SiteMemory:
         return state | {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> SiteMemory:
-        """Return what :meth:`get_state` described."""
-        kept = dict(state)
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> SiteMemory:
+        """Return what :meth:`get_state` described, on the device of the site's parameters."""
+        kept = {name: _moved(part, device) for name, part in state.items()}
         for name, kind in (("trail", Trail), ("momentum", Momentum)):
             if name in kept:
                 kept[name] = kind(**kept[name])
         return cls(**kept)
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, Mapping):
+        return {name: _moved(value, device) for name, value in part.items()}
+    return part.to(device) if isinstance(part, Tensor) else part

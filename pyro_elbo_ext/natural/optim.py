@@ -299,7 +299,12 @@ class NaturalGradient(PyroOptim):
         else:
             self._pending = state_dict
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Look whether a state is of the guide that was discovered.
+
+        Raises:
+            ValueError: it is of another; the site is named.
+        """
         ours, theirs = self._described(), state["sites"]
         for site in sorted(set(ours) | set(theirs)):
             if ours.get(site) != theirs.get(site):
@@ -307,8 +312,14 @@ class NaturalGradient(PyroOptim):
                     f"the state is of another guide: site '{site}' is {theirs.get(site, 'missing')} there, and "
                     f"{ours.get(site, 'missing')} here. Make the guide as it was when the state was saved."
                 )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         self.num_steps = state["num_steps"]
-        self._memory = {site: SiteMemory.from_state(kept) for site, kept in state["memory"].items()}
+        leaves, self._memory = pyro.get_param_store()._params, {}
+        for site, kept in state["memory"].items():
+            name = next(iter(self.blocks[site].names.values()))
+            self._memory[site] = SiteMemory.from_state(kept, leaves[name].device)
         self.inner.set_state(state["inner"])
 
 
