@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Generator
 
-from pyro_elbo_ext.run.checkpoint import get_rng_state, set_rng_state
+from pyro_elbo_ext.run.random_state import get_rng_state, set_rng_state
 
 __all__ = ["Batches"]
 
@@ -42,6 +42,14 @@ class Batches:
         """False for an iterator that can be gone through once."""
         return not isinstance(self._batches, Iterator)
 
+    def check_can_branch(self) -> None:
+        """Raise where a second epoch would end the first."""
+        if getattr(self._batches, "persistent_workers", False):
+            raise ValueError(
+                "evaluations take minibatches from an epoch of their own, and persistent workers would lose their "
+                "place in the run's: give DataLoader(persistent_workers=False)."
+            )
+
     def take(self, step: int) -> tuple:
         """Return the arguments of a step, the first of which is 0."""
         if self._batches is None:
@@ -65,7 +73,12 @@ class Batches:
         """Return arguments for ``num`` evaluations, from an epoch of their own; the run's own goes on where it was.
 
         Call it where the random state is kept, as in ``forked_rng()``.
+
+        Raises:
+            ValueError: workers of a DataLoader that cannot serve two epochs at once.
         """
+        if self._iterator is not None:
+            self.check_can_branch()
         if self._batches is None:
             return itertools.repeat(self._args, num)
         if callable(self._batches):
@@ -73,40 +86,61 @@ class Batches:
         return ((*_arguments(batch), *self._args) for batch in itertools.islice(self._again(), num))
 
     def _again(self) -> Iterator:
-        generator = self._generator or Generator()
-        kept = generator.get_state()
+        kept = [(generator, generator.get_state()) for generator in self._generators]
         try:
             while True:
-                yield from self._batches  # type: ignore[misc]
+                empty = True
+                for batch in self._batches:  # type: ignore[union-attr]
+                    empty = False
+                    yield batch
+                if empty:
+                    raise ValueError("batches is empty: give at least one minibatch.")
         finally:
-            generator.set_state(kept)
+            for generator, state in kept:
+                generator.set_state(state)
 
     def _begin(self) -> None:
-        self._epoch = {"rng": get_rng_state()}
-        if self._generator is not None:
-            self._epoch["generator"] = self._generator.get_state()
+        states = [generator.get_state() for generator in self._generators]
+        self._epoch = {"rng": get_rng_state(), "generators": states}
         self._iterator, self._position = iter(self._batches), 0  # type: ignore[arg-type]
 
     @property
-    def _generator(self) -> Generator | None:
-        found = getattr(self._batches, "generator", None)
-        return found if isinstance(found, Generator) else None
+    def _generators(self) -> list[Generator]:
+        """Random numbers of a DataLoader's and its samplers' own."""
+        by_batch = getattr(self._batches, "batch_sampler", None)
+        parts = self._batches, getattr(self._batches, "sampler", None), by_batch, getattr(by_batch, "sampler", None)
+        found = [own for part in parts if isinstance(own := getattr(part, "generator", None), Generator)]
+        return list({id(generator): generator for generator in found}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the run is in its minibatches."""
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where :meth:`state_dict` was, through the epoch's minibatches. Leaves another random state behind."""
+        """Go to where :meth:`state_dict` was, through the epoch's minibatches. Leaves another random state behind.
+
+        Raises:
+            ValueError: it was in other minibatches.
+        """
         if not state["epoch"] or self._batches is None or callable(self._batches):
             return
+        generators, states, taken = self._generators, state["epoch"]["generators"], state["position"]
+        if len(generators) != len(states):
+            raise ValueError(
+                f"batches drew from {len(states)} generators of random numbers of their own when the checkpoint was "
+                f"saved, and now have {len(generators)}: give the DataLoader or its sampler as it was."
+            )
         set_rng_state(state["epoch"]["rng"])
-        if self._generator is not None:
-            self._generator.set_state(state["epoch"]["generator"])
+        for generator, own in zip(generators, states, strict=True):
+            generator.set_state(own)
         self._begin()
-        for _ in range(state["position"]):
-            next(self._iterator)  # type: ignore[arg-type]
-        self._position = state["position"]
+        for at in range(taken):
+            if next(self._iterator, _END) is _END:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"batches end after {at} minibatches, and the run had taken {taken} of an epoch when the "
+                    "checkpoint was saved: give the same data and size of minibatches."
+                )
+        self._position = taken
 
 
 _END = object()

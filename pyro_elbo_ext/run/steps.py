@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -42,6 +42,12 @@ class Steps:
         svi: whose steps to take.
         nonfinite: ``"raise"`` an error that names what is not finite, or ``"skip"`` such a step.
 
+    Attributes:
+        num_skipped: how many steps were left out.
+        in_a_row: how many of them since the last that was not.
+        names: of the parameters that the loss has met.
+        has_succeeded: a step has been finite.
+
     Raises:
         ValueError: another policy.
     """
@@ -53,7 +59,26 @@ class Steps:
         self.nonfinite = nonfinite
         self.num_skipped = 0
         self.in_a_row = 0
+        self.names: set[str] = set()
+        self.has_succeeded = False
         self._seen = Step(math.nan, math.nan, False)
+        self._watched = False  # the step under way
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Unconstrained parameters by name, of those in the param store that the loss has met."""
+        store = pyro.get_param_store()._params
+        return {name: store[name] for name in sorted(self.names) if name in store}
+
+    @property
+    def tolerated(self) -> tuple[type[Exception], ...]:
+        """Errors that stand for a loss that is not finite; under ``"skip"`` also those of Pyro's validation.
+
+        Those are ValueErrors, as of a misuse, which is not passed over: it fails in the first step.
+        """
+        if self.nonfinite == "skip" and self.has_succeeded:
+            return (NonFiniteError, ValueError, torch.linalg.LinAlgError)
+        return (NonFiniteError,)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -70,8 +95,16 @@ class Steps:
 
         Raises:
             NonFiniteError: loss or gradient is not finite, or has not been for ``MAX_SKIPPED`` steps.
+            TypeError: an SVI whose steps are taken without ``loss_and_grads``.
         """
+        self._watched = False
         self.svi.step(*args, **kwargs)
+        if not self._watched:
+            raise TypeError(
+                f"{type(self.svi).__name__}.step does not call loss_and_grads, where fit looks at loss and gradient: "
+                "use pyro.infer.SVI, or a loop of one's own."
+            )
+        self.has_succeeded |= not self._seen.skipped
         self.in_a_row = self.in_a_row + 1 if self._seen.skipped else 0
         self.num_skipped += self._seen.skipped
         return self._seen
@@ -81,13 +114,14 @@ class Steps:
             error, loss = None, math.nan
             try:
                 loss = self._loss_and_grads(model, guide, *args, **kwargs)
-            except NonFiniteError as raised:
+            except self.tolerated as raised:
                 error = raised
         nodes: Mapping[str, Any] = capture.trace.nodes
         params = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
+        self.names.update(params)
         value, norm = _number(loss), _norm(params.values())
         finite = math.isfinite(value) and math.isfinite(norm)
-        self._seen = Step(value, norm, not finite)
+        self._seen, self._watched = Step(value, norm, not finite), True
         if not finite:
             self._refuse(params, error, args, kwargs)
             for p in params.values():
@@ -132,7 +166,7 @@ def _find_site(svi: SVI, args: tuple, kwargs: Mapping[str, Any]) -> str:
     for name, value in pyro.get_param_store().items():
         if not torch.isfinite(value).all():
             return f"Parameter '{name}' is not finite."
-    with forked_rng(), pyro.validation_enabled(False), pyro.poutine.block():
+    with suppress(Exception), forked_rng(), pyro.validation_enabled(False), pyro.poutine.block():  # an explanation only
         for _ in range(TRIES):
             traces = run_pair(svi.model, svi.guide, args, dict(kwargs))
             for origin, trace in (("guide", traces.guide), ("model", traces.model)):

@@ -71,7 +71,7 @@ def test_a_killed_process_ends_the_other_with_an_error_and_an_intact_checkpoint(
         assert text.startswith("rank 0 of 2 lost the others: ") and "from the last checkpoint" in text
     file = folder / "checkpoint.pt"
     state = torch.load(file, weights_only=True)
-    assert state["extra"]["step"] == 4 and len(state["extra"]["rngs"]) == 2
+    assert state["extra"]["step"] == 4 and len(state["rng"]) == 2
     svi = DistributedSVI(regression, regression_guide, Adam({"lr": 0.05}), Trace_ELBO())
     result = fit(svi, torch.arange(24), num_steps=4, checkpoint=file, seed=5, progress=False)  # on one process
     assert result.num_steps == 4
