@@ -11,9 +11,12 @@ import torch
 from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_elbo_ext import IWAE_ELBO, NaturalGradient, fit
+from pyro_elbo_ext import IWAE_ELBO, NaturalGradient, StagedStop, fit
 from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.run.batches import Batches
+from pyro_elbo_ext.run.fit import _Best
 from pyro_elbo_ext.run.progress import Progress
+from pyro_elbo_ext.run.stopping import Budget
 from tests.run.cases import CASES, regression
 
 
@@ -198,6 +201,127 @@ def test_the_best_state_comes_back():
     assert all(torch.equal(kept[name], value) for name, value in params().items())
 
 
+def test_the_best_state_is_also_looked_for_after_the_last_hundred():
+    def end(num_steps, restore_best):
+        pyro.clear_param_store()
+        svi = make(optim=pyro.optim.Adam({"lr": 0.01}))
+        fit(svi, num_steps=num_steps, seed=0, progress=False, restore_best=restore_best)
+        return params()
+
+    for num_steps in (30, 130):  # it gets better all the time
+        last, best = end(num_steps, False), end(num_steps, True)
+        assert all(torch.equal(last[name], best[name]) for name in last)
+
+
+def test_a_stretch_that_is_mostly_not_finite_is_not_the_best():
+    best = _Best()
+    assert best._judged([1.0] * 100) == 1.0
+    assert best._judged([math.nan] * 49 + [1.0] * 51) == 1.0
+    assert best._judged([math.nan] * 99 + [-9.0]) == math.inf
+
+
+NAN = torch.tensor(math.nan)
+
+
+def observed(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(w, 1.0), obs=torch.as_tensor(y))
+
+
+def matrix(y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    torch.linalg.cholesky(torch.eye(2) * torch.as_tensor(y))
+    pyro.sample("y", dist.Normal(w, 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("optim", ["adam", "natural"])
+@pytest.mark.parametrize(("model", "bad"), [(observed, NAN), (matrix, -1.0)], ids=["validation", "cholesky"])
+def test_errors_of_validation_and_of_matrices_are_skipped_too(model, bad, optim):
+    optim = {"adam": pyro.optim.Adam({"lr": 0.02}), "natural": NaturalGradient(lr=0.1)}[optim]
+    svi, states = SVI(model, AutoNormal(model), optim, Trace_ELBO()), []
+    batches = [torch.tensor(1.0), torch.as_tensor(bad), torch.tensor(2.0)]
+    result = fit(
+        svi,
+        num_steps=7,
+        batches=batches,
+        nonfinite="skip",
+        progress=False,
+        callbacks=[lambda state: states.append(params()) or state.evaluate(3, 0)],
+    )
+    assert result.num_skipped == 2
+    assert np.isfinite(result.history["loss"]).tolist() == [True, False, True, True, False, True, True]
+    for step in range(1, 7):
+        moved = any(not torch.equal(states[step][name], states[step - 1][name]) for name in states[step])
+        assert moved == (step not in (1, 4))
+
+
+def test_a_misuse_is_no_step_to_skip():
+    with pytest.raises(ValueError, match="the support"):
+        fit(make(model=observed), NAN, num_steps=5, nonfinite="skip", progress=False)
+    with pytest.raises(NonFiniteError, match="(?s)100 steps in a row were not finite.*support"):
+        fit(
+            make(model=observed),
+            num_steps=500,
+            batches=lambda step: NAN if step else 1.0,
+            nonfinite="skip",
+            progress=False,
+        )
+
+
+def test_the_search_for_the_site_hides_no_error():
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        calls.append(0)
+        if len(calls) > 1:
+            raise KeyError("elsewhere")
+        pyro.factor("f", w * math.nan)
+
+    calls: list[int] = []
+    svi = SVI(
+        model,
+        lambda: pyro.sample("w", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0)),
+        make().optim,
+        Trace_ELBO(),
+    )
+    with unguarded(), pytest.raises(NonFiniteError, match="The loss is nan"):
+        fit(svi, num_steps=1, progress=False)
+
+
+def test_evaluations_leave_buffers_alone():
+    svi, _, _ = CASES["shuffled_minibatches"]()
+    coder, seen = svi.model.__self__, []
+
+    def look(state):
+        before = {name: buffer.clone() for name, buffer in coder.named_buffers()}
+        seen.append(state.evaluate(5, 0))
+        assert all(torch.equal(before[name], buffer) for name, buffer in coder.named_buffers())
+
+    fit(svi, num_steps=3, batches=[torch.ones(4, 4), torch.zeros(3, 4)], progress=False, callbacks=[look])
+    assert np.isfinite(seen).all()
+
+
+def test_an_svi_that_cannot_be_watched_is_refused():
+    class Own(SVI):
+        def step(self, *args, **kwargs):
+            return 0.0
+
+    with pytest.raises(TypeError, match="Own.step does not call loss_and_grads"):
+        fit(Own(regression, AutoNormal(regression), pyro.optim.Adam({}), Trace_ELBO()), num_steps=2, progress=False)
+
+
+def test_a_rule_of_ones_own_stops_under_its_name():
+    class Stop(Budget):
+        def after_step(self, run):
+            return len(run.losses) >= 3
+
+    class EarlyStop(Stop):
+        pass
+
+    for rule, name in ((Stop(), "stop"), (EarlyStop(), "early")):
+        result = fit(make(), num_steps=9, stop=rule, progress=False)
+        assert (result.num_steps, result.stopped) == (3, name)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -217,7 +341,18 @@ def test_progress_is_for_terminals():
         assert bool(text) == shown
 
 
+def persistent():
+    return torch.utils.data.DataLoader(torch.zeros(8), 4, num_workers=1, persistent_workers=True)
+
+
 REFUSED = {
+    "steps without end": ({"num_steps": math.inf}, "num_steps must be a whole number of at least 1, got inf"),
+    "steps in words": ({"num_steps": "abc"}, "num_steps must be a whole number of at least 1, got 'abc'"),
+    "None steps": ({"num_steps": None}, "num_steps must be a whole number of at least 1, got None"),
+    "the best of a staged stop": ({"restore_best": True, "stop": "staged"}, "leave out restore_best"),
+    "a staged stop beside persistent workers": (
+        {"batches": persistent(), "stop": "staged"}, "persistent workers would lose",
+    ),
     "no steps": ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
     "half a step": ({"num_steps": 1.5}, "num_steps must be a whole number"),
     "an unknown rule": ({"stop": "soon"}, "stop must be one of 'budget', 'staged' or a rule.*got 'soon'"),
@@ -235,6 +370,23 @@ def test_refused(case):
     settings, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         fit(make(), **{"num_steps": 2, "progress": False, **settings})
+
+
+@pytest.mark.parametrize(
+    ("stop", "what"),
+    [(StagedStop, "the class StagedStop itself"), (lambda run: True, "function"), (None, "NoneType")],
+    ids=["class", "function", "None"],
+)
+def test_what_is_no_rule_is_refused(stop, what):
+    with pytest.raises(TypeError, match=f"stop must be one of .* or a rule such as .*, got {what}: a rule has"):
+        fit(make(), num_steps=2, stop=stop)
+
+
+def test_an_evaluation_that_would_end_the_workers_epoch_is_refused():
+    batches = Batches(persistent(), ())
+    batches._iterator = iter(())
+    with pytest.raises(ValueError, match="persistent_workers=False"):
+        batches.samples(1)
 
 
 def test_batches_of_another_type_are_refused():
