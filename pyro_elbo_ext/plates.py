@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.sites import Site, is_leaf, own_scale, plate_factor, vectorized_plates
-from pyro_elbo_ext.tracing import Traces
+from pyro_elbo_ext.tracing import Traces, forked_rng, run_pair
 
-__all__ = ["Layout", "check_pair", "common_scale", "decide_layout", "decide_local_layout", "site_scales"]
+__all__ = [
+    "Layout",
+    "check_pair",
+    "common_scale",
+    "decide_layout",
+    "decide_local_layout",
+    "plate_nesting",
+    "site_scales",
+]
 
 
 @dataclass(frozen=True)
@@ -300,3 +310,13 @@ def common_scale(scales: Sequence[float | Tensor]) -> float | Tensor | None:
     else:
         same = all(not isinstance(s, Tensor) and math.isclose(s, first, rel_tol=1e-9) for s in scales)
     return first if same else None
+
+
+def plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> int:
+    """Return how many dimensions a pair's plates take, from one run that leaves the random state alone."""
+    with forked_rng(), pyro.poutine.block(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mismatches are refused with a better text when the pair is run for good
+        traces = run_pair(model, guide, args, kwargs)
+    sites = [site for trace in (traces.guide, traces.model) for site in trace.nodes.values()]
+    dims = [f.dim for site in sites if site["type"] == "sample" for f in vectorized_plates(site).values()]
+    return -min(dims, default=0)

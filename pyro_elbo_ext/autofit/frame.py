@@ -12,11 +12,12 @@ from pyro.infer.autoguide import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_elbo_ext.diagnostics.sampling import make_sampler, plate_nesting
+from pyro_elbo_ext.diagnostics.sampling import make_sampler
 from pyro_elbo_ext.guides.bases import make_base
 from pyro_elbo_ext.guides.flow import AutoFlow
 from pyro_elbo_ext.guides.flows import Affine, Flow
 from pyro_elbo_ext.particles import Draw, Particles
+from pyro_elbo_ext.plates import plate_nesting
 from pyro_elbo_ext.sites import base_name, plate_factor
 from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, forked_rng, run_pair
 

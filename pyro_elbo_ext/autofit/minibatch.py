@@ -11,9 +11,9 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_elbo_ext.autofit.result import AutofitReport, AutofitResult, Rung
-from pyro_elbo_ext.diagnostics.sampling import plate_nesting
 from pyro_elbo_ext.diagnostics.verdict import Finding
 from pyro_elbo_ext.guides.plated import AutoPlatedFlow
+from pyro_elbo_ext.plates import plate_nesting
 
 __all__ = ["fit_minibatch"]
 

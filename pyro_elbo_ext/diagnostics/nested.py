@@ -20,8 +20,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_elbo_ext.diagnostics.sampling import plate_nesting, posterior_draws, seeded
+from pyro_elbo_ext.diagnostics.sampling import posterior_draws, seeded
 from pyro_elbo_ext.diagnostics.weights import good_k, pareto_k
+from pyro_elbo_ext.plates import plate_nesting
 from pyro_elbo_ext.sites import is_leaf, vectorized_plates
 from pyro_elbo_ext.tracing import Hold, Traces, run_pair
 

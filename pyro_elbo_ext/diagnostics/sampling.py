@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_elbo_ext.bounds import log_mean_exp
 from pyro_elbo_ext.particles import Particles, ParticleSampler
-from pyro_elbo_ext.plates import Layout
+from pyro_elbo_ext.plates import Layout, plate_nesting
 from pyro_elbo_ext.sites import Site, vectorized_plates
-from pyro_elbo_ext.tracing import forked_rng, run_pair
+from pyro_elbo_ext.tracing import forked_rng
 
-__all__ = ["PosteriorDraws", "latent_values", "make_sampler", "plate_nesting", "posterior_draws", "seeded"]
+__all__ = ["PosteriorDraws", "latent_values", "make_sampler", "posterior_draws", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,6 @@ def seeded(seed: int | None) -> Iterator[None]:
     with forked_rng():
         torch.manual_seed(seed)
         yield
-
-
-def plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> int:
-    """Return how many dimensions the pair's plates take, from one run that leaves the random state alone."""
-    with forked_rng(), pyro.poutine.block(), torch.no_grad():
-        traces = run_pair(model, guide, args, kwargs)
-    nodes = [node for trace in (traces.guide, traces.model) for node in trace.nodes.values()]
-    sites = [node for node in nodes if node["type"] == "sample"]
-    return -min((f.dim for site in sites for f in vectorized_plates(site).values()), default=0)
 
 
 def make_sampler(

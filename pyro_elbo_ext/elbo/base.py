@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.gradients.pathwise import Estimate
 from pyro_elbo_ext.particles import Draw, Particles, ParticleSampler
-from pyro_elbo_ext.tracing import forked_rng
+from pyro_elbo_ext.plates import plate_nesting
 
 __all__ = ["NonFiniteError", "ParticleELBO"]
 
@@ -101,8 +99,7 @@ class ParticleELBO(ELBO):
 
     def _sampler(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> ParticleSampler:
         if self.max_plate_nesting == math.inf:
-            with forked_rng():
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
         return self._make_sampler(
             model,
             guide,
@@ -127,7 +124,7 @@ class ParticleELBO(ELBO):
         return int(self.vectorize_particles and self.num_particles > 1)
 
     def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
-        self.max_plate_nesting = _plate_nesting(model, guide, args, kwargs) + self._particle_dims
+        self.max_plate_nesting = plate_nesting(model, guide, args, kwargs) + self._particle_dims
 
     def _run(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
@@ -137,8 +134,7 @@ class ParticleELBO(ELBO):
             draws = self._draw(sampler)
             return sampler, draws, self._estimate(sampler, draws)
         except (ValueError, RuntimeError) as error:
-            with forked_rng():
-                nesting = _plate_nesting(model, guide, args, kwargs)
+            nesting = plate_nesting(model, guide, args, kwargs)
             if nesting <= sampler.max_plate_nesting:
                 raise
             raise ValueError(
@@ -194,21 +190,6 @@ class ParticleELBO(ELBO):
                 _describe(estimate.particles, bad) if num_bad else _describe_constant(estimate.particles)
             )
         return estimate, value
-
-
-def _plate_nesting(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> int:
-    with pyro.poutine.block(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mismatches are refused with a better text when the pair is run for good
-        traces = get_importance_trace("flat", math.inf, model, guide, args, kwargs)
-    dims = [
-        f.dim
-        for trace in traces
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for f in site["cond_indep_stack"]
-        if f.vectorized
-    ]
-    return -min(dims, default=0)
 
 
 def _describe(particles: Particles, bad: Tensor, whose: str = "", droppable: bool = False) -> str:
