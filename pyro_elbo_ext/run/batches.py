@@ -38,6 +38,11 @@ class Batches:
         self._epoch: dict[str, Any] = {}  # the random state when it began
 
     @property
+    def are_the_same(self) -> bool:
+        """True where every step has the same arguments."""
+        return self._batches is None
+
+    @property
     def can_restart(self) -> bool:
         """False for an iterator that can be gone through once."""
         return not isinstance(self._batches, Iterator)

@@ -79,6 +79,11 @@ class CompiledSVI(SVI):
         self.how = ""
         self._programs: dict[Any, Program | None] = {}  # None where steps are eager
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters that compiled steps have changed."""
+        return {name for program in self._programs.values() if program is not None for name in program.graph.leaves}
+
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step and return its loss in nats.
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from pyro_elbo_ext.run.batches import Batches
 from pyro_elbo_ext.run.checkpoint import check_path, unmoved
+from pyro_elbo_ext.run.loop import BLOCK
 from pyro_elbo_ext.run.progress import Progress, smoothed
 from pyro_elbo_ext.run.rates import check_rates, learning_rate, scale_learning_rate
 from pyro_elbo_ext.run.resume import Saved
 from pyro_elbo_ext.run.steps import Step, Steps
-from pyro_elbo_ext.run.stopping import StagedStop, StopRule, make_stop, whole_number
+from pyro_elbo_ext.run.stopping import Budget, StagedStop, StopRule, make_stop, whole_number
 from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["FitResult", "FitState", "fit"]
@@ -142,7 +143,9 @@ def fit(
     """Train an SVI: ``num_steps`` times ``svi.step``, and what one writes around it.
 
     Args:
-        svi: an SVI, or a :class:`~pyro_elbo_ext.DistributedSVI`, of which every process makes the same call.
+        svi: an SVI; a :class:`~pyro_elbo_ext.CompiledSVI`, of which many steps are taken at once where neither
+            batches, callbacks nor a stopping rule come between them; or a :class:`~pyro_elbo_ext.DistributedSVI`, of
+            which every process makes the same call.
         *args: arguments of model and guide, after those of ``batches``.
         num_steps: number of steps in all, those of an interrupted run that is taken up again included.
         batches: minibatches: a function of the number of the step, or something to iterate over, again from the start
@@ -187,8 +190,10 @@ def fit(
     bar = Progress(num_steps, state.step, progress and getattr(svi, "rank", 0) == 0)
     try:
         while not stopped and state.step < num_steps:
-            stopped = _advance(state, rule, best, callbacks)
-            bar.after_step(state.losses, rule.stage, steps.num_skipped)
+            left = min(num_steps - state.step, checkpoint_every - state.step % checkpoint_every)
+            taken = state.step
+            stopped = _advance(state, rule, best, callbacks, left)
+            bar.after_steps(state.step - taken, state.losses, rule.stage, steps.num_skipped)
             if saved is not None and (stopped or state.step % checkpoint_every == 0 or state.step == num_steps):
                 saved.save(stopped)
     finally:
@@ -200,11 +205,14 @@ def fit(
     return _result(state, rule, stopped or "budget", time.perf_counter() - started)
 
 
-def _advance(state: FitState, rule: StopRule, best: _Best | None, callbacks: Sequence[Callable]) -> str:
-    """Take one step, and return what stops the run, if anything does."""
+def _advance(state: FitState, rule: StopRule, best: _Best | None, callbacks: Sequence[Callable], left: int) -> str:
+    """Take a step, or many compiled ones that nobody looks at singly, and return what stops the run, if anything."""
+    nobody_looks = isinstance(rule, Budget) and not callbacks and best is None and state.batches.are_the_same
     with state.steps.watching():
-        step = state.steps.take(state.batches.take(state.step), state.kwargs)
-    state._add(step, rule.stage)
+        args = state.batches.take(state.step)
+        steps = state.steps.take_several(min(left, BLOCK) if nobody_looks else 1, args, state.kwargs)
+    for step in steps:
+        state._add(step, rule.stage)
     if best is not None:
         best.after_step(state)
     stopped = ""

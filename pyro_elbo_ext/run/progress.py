@@ -30,9 +30,9 @@ class Progress:
         )
         self._shown = -math.inf
 
-    def after_step(self, losses: list[float], stage: int, skipped: int) -> None:
-        """Count a step; the numbers are renewed as often as the bar itself."""
-        self._bar.update()
+    def after_steps(self, num: int, losses: list[float], stage: int, skipped: int) -> None:
+        """Count steps; the numbers are renewed as often as the bar itself."""
+        self._bar.update(num)
         if self._bar.disable or self._bar.last_print_t == self._shown:
             return
         self._shown = self._bar.last_print_t

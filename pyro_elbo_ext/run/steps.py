@@ -14,6 +14,7 @@ from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.run.compiled import CompiledSVI
 from pyro_elbo_ext.tracing import forked_rng, run_pair
 
 __all__ = ["Step", "Steps"]
@@ -108,6 +109,25 @@ class Steps:
         self.in_a_row = self.in_a_row + 1 if self._seen.skipped else 0
         self.num_skipped += self._seen.skipped
         return self._seen
+
+    def take_several(self, num: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Step]:
+        """Take up to ``num`` steps with the same arguments: at once where they are compiled, else one.
+
+        A compiled step leaves no gradient to look at: its norm is NaN.
+        """
+        if not isinstance(self.svi, CompiledSVI):
+            return [self.take(args, kwargs)]
+        try:
+            losses = self.svi.run(num if self.nonfinite == "raise" else 1, *args, **kwargs)
+        except NonFiniteError:
+            self.in_a_row += 1
+            if self.nonfinite == "raise" or self.in_a_row >= MAX_SKIPPED:
+                raise
+            self.num_skipped += 1
+            return [Step(math.nan, math.nan, True)]
+        self.in_a_row = 0
+        self.names.update(self.svi.names)
+        return [Step(float(loss), math.nan, False) for loss in losses]
 
     def _watch(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         with pyro.poutine.trace(param_only=True) as capture:

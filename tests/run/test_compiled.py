@@ -19,6 +19,7 @@ from pyro_elbo_ext import (
     Price_ELBO,
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
+    fit,
 )
 from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.run import loop
@@ -207,6 +208,32 @@ def test_a_vae_its_memory_and_data_that_are_held():
     assert set(buffers[SVI]) >= {"encode.1.running_mean", "encode.1.num_batches_tracked"}
     for name, value in buffers[SVI].items():
         torch.testing.assert_close(buffers[CompiledSVI][name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_fit_takes_compiled_steps(tmp_path):
+    """Many at once, and one at a time where somebody looks: the same steps, from a file as well."""
+    found = {}
+    for name, settings in {
+        "own loop": None,
+        "blocks": {},
+        "single": {"callbacks": [lambda state: None]},
+        "file": {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 7},
+    }.items():
+        pyro.clear_param_store()
+        svi = CompiledSVI(regression, AutoDelta(regression), pyro.optim.Adam({"lr": 0.05}), IWAE_ELBO(1))
+        if settings is None:
+            losses = svi.run(20)
+        else:
+            losses = fit(svi, num_steps=13 if name == "file" else 20, progress=False, **settings).history["loss"]
+        if name == "file":
+            pyro.clear_param_store()
+            svi = CompiledSVI(regression, AutoDelta(regression), pyro.optim.Adam({"lr": 0.05}), IWAE_ELBO(1))
+            losses = fit(svi, num_steps=20, progress=False, **settings).history["loss"]
+        found[name] = losses, params()
+    for losses, values in found.values():
+        np.testing.assert_allclose(losses, found["own loop"][0], rtol=1e-9)
+        for key, value in values.items():
+            torch.testing.assert_close(value, found["own loop"][1][key])
 
 
 def test_it_stops_before_a_step_that_is_not_finite():

@@ -334,7 +334,7 @@ def test_progress_is_for_terminals():
         losses = []
         for step in range(30):
             losses.append(100.0 - step)
-            bar.after_step(losses, 1, 2)
+            bar.after_steps(1, losses, 1, 2)
         bar.close()
         text = file.getvalue()
         assert ("loss 85.50 ± 1.61, stage 2, 2 skipped" in text) == shown
