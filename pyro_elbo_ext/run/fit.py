@@ -207,7 +207,7 @@ def fit(
 
 def _advance(state: FitState, rule: StopRule, best: _Best | None, callbacks: Sequence[Callable], left: int) -> str:
     """Take a step, or many compiled ones that nobody looks at singly, and return what stops the run, if anything."""
-    nobody_looks = isinstance(rule, Budget) and not callbacks and best is None and state.batches.are_the_same
+    nobody_looks = type(rule) is Budget and not callbacks and best is None and state.batches.are_the_same
     with state.steps.watching():
         args = state.batches.take(state.step)
         steps = state.steps.take_several(min(left, BLOCK) if nobody_looks else 1, args, state.kwargs)

@@ -125,7 +125,7 @@ class Steps:
                 raise
             self.num_skipped += 1
             return [Step(math.nan, math.nan, True)]
-        self.in_a_row = 0
+        self.in_a_row, self.has_succeeded = 0, True
         self.names.update(self.svi.names)
         return [Step(float(loss), math.nan, False) for loss in losses]
 

@@ -292,7 +292,7 @@ def shared_particles_share_the_rows_a_plate_draws():
     def guide(take):
         loc = pyro.param("loc", lambda: torch.tensor(0.1))
         with pyro.plate("data", N, subsample_size=BATCH):
-            noise.append(float(pyro.sample("z", dist.Normal(loc, 1.0)).sum()))
+            noise.append(float(pyro.sample("z", dist.Normal(loc, 1.0)).detach().sum()))
 
     svi = DistributedSVI(model, guide, Adam({"lr": 0.05}), IWAE_ELBO(4), particles="shared", seed=5)
     for _ in range(3):
