@@ -58,7 +58,8 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     columns = log_weights.detach().double().cpu()  # the fit is scalar work in double precision
     columns = columns.reshape(columns.shape[0], -1)
     rounding = math.sqrt(torch.finfo(log_weights.dtype).eps)
-    done = [_smooth(column, rounding) for column in (columns - columns.amax(0)).unbind(1)]
+    with torch.device("cpu"):  # Pyro's fit makes tensors on the default device
+        done = [_smooth(column, rounding) for column in (columns - columns.amax(0)).unbind(1)]
     smoothed = torch.stack([column for column, _ in done], 1).reshape(log_weights.shape)
     smoothed = smoothed - smoothed.logsumexp(0)
     return smoothed.to(log_weights), torch.tensor([k for _, k in done]).reshape(log_weights.shape[1:]).to(log_weights)

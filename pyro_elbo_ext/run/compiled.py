@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_elbo_ext.elbo.base import NonFiniteError
+from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
 from pyro_elbo_ext.run.averaging import running_averages
-from pyro_elbo_ext.run.graph import LossGraph, record
+from pyro_elbo_ext.run.graph import LossGraph, record, tensors_of
 from pyro_elbo_ext.run.loop import BLOCK, Block, compile_block
 from pyro_elbo_ext.run.mutation import CompileError
 from pyro_elbo_ext.run.updates import State, Update
@@ -26,6 +28,7 @@ from pyro_elbo_ext.tracing import forked_rng
 __all__ = ["CompiledSVI"]
 
 logger = logging.getLogger("pyro_elbo_ext")
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Program(NamedTuple):
@@ -35,6 +38,7 @@ class Program(NamedTuple):
     update: Update
     block: Block
     how: str
+    modes: list[tuple]
 
 
 class CompiledSVI(SVI):
@@ -48,7 +52,9 @@ class CompiledSVI(SVI):
 
     For every ELBO class of this package that remembers nothing from step to step, and Pyro's SGD, Adam, AdamW and
     ClippedAdam, alone or in a scheduler, with step sizes by parameter. Random numbers come from the same distributions
-    as in eager steps, not from the same sequence. Pyro's validation is off inside.
+    as in eager steps, not from the same sequence. Pyro's validation is off inside. Numbers and tensors that model and
+    guide take from outside are those of the first call: what is to change must be an argument, or a tensor that changes
+    in place.
 
     Args:
         model: as in ``pyro.infer.SVI``, like the next three.
@@ -105,13 +111,15 @@ class CompiledSVI(SVI):
         Raises:
             NonFiniteError: a loss or its gradient is not finite. The parameters are those before that step.
         """
+        num_steps = operator.index(num_steps)
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be a positive integer, got {num_steps}")
         program = self._program(args, kwargs)
         if program is None:
             self.how = "eager"
             return np.array([super(CompiledSVI, self).step(*args, **kwargs) for _ in range(num_steps)])
         self.how = program.how
-        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        given = [*_apart(given), *program.graph.held]
+        given = _apart([*tensors_of(args, kwargs), *program.graph.held])
         flat, state = _packed(program.graph.leaves), program.update.read()
         memory = tuple(part.clone() for part in program.graph.memory)
         losses: list[Tensor] = []
@@ -130,10 +138,10 @@ class CompiledSVI(SVI):
                     )
         finally:
             _write(flat, state, memory, program)
-        return torch.cat(losses).cpu().numpy()
+        return torch.cat(losses).double().cpu().numpy()
 
     def _program(self, args: tuple, kwargs: dict) -> Program | None:
-        key = _key(args, kwargs, self.model, self.guide)
+        key = (_key(args, kwargs), self.model, self.guide, self.optim, _settings(self._elbo), bool(_PYRO_STACK))
         known = self._programs.get(key, self)
         if known is None:
             return None
@@ -153,61 +161,95 @@ class CompiledSVI(SVI):
     def _still_fits(self, program: Program) -> bool:
         store = pyro.get_param_store()._params
         same = all(store.get(name) is leaf for name, leaf in program.graph.leaves.items())
-        return same and program.update.is_current()
+        kept = {id(value) for value in self._buffers().values()}
+        same = same and all(id(value) in kept for value in program.graph.memory)
+        return same and program.modes == _modes(m for m, *_ in program.modes) and program.update.is_current()
 
     def _compile(self, args: tuple, kwargs: dict) -> Program:
         if not hasattr(self._elbo, "differentiable_loss"):
             raise CompileError(f"{type(self._elbo).__name__} has no differentiable_loss to be compiled: use IWAE_ELBO.")
-        before = {name: value.detach().clone() for name, value in self._buffers().items()}
-        with forked_rng(), poutine.trace(param_only=True) as capture:
-            self._elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        buffers = self._buffers()
-        with torch.no_grad():
-            for name, value in buffers.items():  # a running mean that is made now starts at zero
-                value.copy_(before.get(name, torch.zeros_like(value)))
-        nodes: Mapping[str, Any] = capture.trace.nodes
-        leaves = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
-        kinds = {(leaf.dtype, leaf.device) for leaf in leaves.values()}
-        if len(kinds) != 1:
-            raise CompileError(f"parameters must share one dtype and device, and these are {sorted(map(str, kinds))}.")
-        graph = record(self._elbo, self.model, self.guide, leaves, buffers, (args, kwargs))
+        self._check(args, kwargs)
+        leaves, called = self._run_once(args, kwargs)
+        graph = record(self._elbo, self.model, self.guide, leaves, self._buffers(), (args, kwargs))
         try:
             update = Update(self.optim, graph.leaves)
         except ValueError as error:
             raise CompileError(str(error)) from error
-        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        given = tensors_of(args, kwargs)
         start = _packed(graph.leaves), update.read(), tuple(part.clone() for part in graph.memory)
-        block, how = compile_block(graph, update, *start, [*_apart(given), *graph.held])
-        return Program(graph, update, block, how)
+        with forked_rng():
+            block, how = compile_block(graph, update, *start, _apart([*given, *graph.held]))
+        return Program(graph, update, block, how, _modes(called))
+
+    def _check(self, args: tuple, kwargs: dict) -> None:
+        """Refuse what a graph would not see change."""
+        if _PYRO_STACK:
+            raise CompileError("a compiled step knows nothing of effect handlers around it: put them around the model.")
+        if type(self._elbo).loss_and_grads is not ParticleELBO.loss_and_grads:
+            raise CompileError(
+                f"{type(self._elbo).__name__} has a loss_and_grads of its own, which a compiled step would pass over: "
+                "use an ELBO of this package, such as IWAE_ELBO(1)."
+            )
+        for value in pytree.tree_leaves((args, kwargs)):
+            if not isinstance(value, (Tensor, *PLAIN)):
+                raise CompileError(
+                    f"an argument is a {type(value).__name__}, of which a compiled step cannot tell whether it has "
+                    "changed: give tensors, numbers and strings, and lists and dictionaries of them."
+                )
+
+    def _run_once(self, args: tuple, kwargs: dict) -> tuple[dict[str, Tensor], list[nn.Module]]:
+        """Run the loss, so that parameters are there, and return them and the modules that it called."""
+        before = {name: value.detach().clone() for name, value in self._buffers().items()}
+        called: dict[nn.Module, None] = {}
+        watch = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.setdefault(module))
+        try:
+            with forked_rng(), poutine.trace(param_only=True) as capture:
+                self._elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        finally:
+            watch.remove()
+        with torch.no_grad():
+            for name, value in self._buffers().items():
+                if name in before:
+                    value.copy_(before[name])
+                elif name in running_averages(self._elbo):  # one of the loss that is made now starts at zero
+                    value.zero_()
+        nodes: Mapping[str, Any] = capture.trace.nodes
+        leaves = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
+        kinds = {(leaf.dtype, leaf.device) for leaf in leaves.values()}
+        if len(kinds) != 1:
+            what = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none"
+            raise CompileError(f"there must be parameters, of one dtype on one device, and these are {what}.")
+        return leaves, list(called)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what a step may change besides parameters: buffers of modules, and what the loss remembers."""
         found = dict(running_averages(self._elbo))
-        for part in (self.model, self.guide):
+        for which, part in (("model", self.model), ("guide", self.guide)):
             root = getattr(part, "__self__", part)
             if isinstance(root, nn.Module):
-                found |= {f"buffer {name}": value for name, value in root.named_buffers()}
+                found |= {f"buffer {which}.{name}": value for name, value in root.named_buffers()}
         return found
 
 
-def _key(args: tuple, kwargs: dict, *parts: Any) -> tuple:
-    """Return what a compiled step depends on, the values of tensors left out."""
+def _key(args: tuple, kwargs: dict) -> tuple:
+    """Return what a compiled step depends on of its arguments: not the values of tensors."""
     flat, spec = pytree.tree_flatten((args, kwargs))
     described = tuple(
-        (v.shape, v.dtype, v.device) if isinstance(v, Tensor) else (type(v), v if _hashable(v) else id(v)) for v in flat
+        (v.shape, v.dtype, v.device, v.requires_grad) if isinstance(v, Tensor) else (type(v), repr(v)) for v in flat
     )
-    roots = [getattr(part, "__self__", part) for part in parts]
-    modules = [root.named_modules() for root in roots if isinstance(root, nn.Module)]
-    frozen = tuple(name for named in modules for name, module in named if not module.training)
-    return described, str(spec), frozen
+    return described, str(spec)
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _settings(elbo: Any) -> tuple:
+    """Return an ELBO's public settings, less what it finds out and counts by itself."""
+    found = {name: value for name, value in vars(elbo).items() if not name.startswith("_")}
+    found = {name: value for name, value in found.items() if name not in ("max_plate_nesting", "num_dropped")}
+    return tuple((name, repr(value)) for name, value in found.items() if not isinstance(value, nn.Module))
+
+
+def _modes(modules: Iterable[nn.Module]) -> list[tuple]:
+    """Return what a step that calls these modules depends on besides values."""
+    return [(m, m.training, tuple((p, p.requires_grad) for p in m.parameters(False))) for m in modules]
 
 
 def _apart(values: list[Tensor]) -> list[Tensor]:

@@ -99,7 +99,7 @@ def _single(graph: LossGraph, update: Update) -> Callable:
         loss, *found = module(*parts, *given, *memory)
         grad = torch.cat([part.reshape(-1) for part in found[:num_leaves]])
         flat, (rate, count, slots) = update.step(State(rate, count, slots), flat, grad)
-        ok = ok & torch.isfinite(loss) & torch.isfinite(grad.sum())
+        ok = ok & torch.isfinite(loss) & torch.isfinite(grad).all()
         after = (flat, rate, count, *slots, *found[num_leaves:])
         return loss, ok, tuple(torch.where(ok, new, old) for new, old in zip(after, carried, strict=True))
 

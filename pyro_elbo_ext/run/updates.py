@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 
@@ -108,6 +109,8 @@ class Update:
     """
 
     def __init__(self, optim: PyroOptim, leaves: Mapping[str, Tensor]) -> None:
+        if type(optim).__call__ not in (PyroOptim.__call__, PyroLRScheduler.__call__):
+            raise ValueError(f"a compiled step cannot follow {type(optim).__name__}, whose steps are its own.")
         self._optim = optim
         self._own = [_own(optim, leaf) for leaf in leaves.values()]
         self._leaves = list(leaves.values())

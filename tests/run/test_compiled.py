@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from torch import nn
 
 from pyro_elbo_ext import (
     IWAE_ELBO,
@@ -16,6 +17,7 @@ from pyro_elbo_ext import (
     AutoPlatedFlow,
     CompiledSVI,
     MeanField_ELBO,
+    NaturalGradient,
     Price_ELBO,
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
@@ -352,14 +354,17 @@ def adam():
 REFUSED = {
     "a branch": (branches, adam, None, r"test_compiled.py, line \d+: .*if z > 0.*number was taken out of a tensor"),
     "item": (takes_a_number_out, adam, None, r"line \d+: .*z.item\(\).*number was taken out of a tensor"),
-    "another generator": (draws_elsewhere, adam, None, "from one random state the loss is .* and in the graph"),
+    "another generator": (draws_elsewhere, adam, None, "draws random numbers of Python or NumPy"),
     "a counter": (counts, adam, None, "from one random state the loss is"),
     "a total": (remembers, adam, None, r"changes a tensor of shape \(\) that model or guide holds in place"),
-    "Pyro's ELBO": (branches, adam, Trace_ELBO(), "cannot be compiled.*IWAE_ELBO"),
+    "Pyro's ELBO": (branches, adam, Trace_ELBO(), "Trace_ELBO has a loss_and_grads of its own.*IWAE_ELBO"),
     "an unknown optimiser": (coins, lambda: pyro.optim.Rprop({"lr": 0.1}), None, "knows Adam, AdamW, SGD.*not Rprop"),
     "clip_args": (coins, lambda: pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0}), None, "knows no clip_args"),
     "settings by name": (
         coins, lambda: pyro.optim.Adam(lambda name: {"lr": 0.1, "eps": 1e-3 * len(name)}), None, "'eps' differs",
+    ),
+    "an optimiser of its own steps": (
+        regression, lambda: NaturalGradient(lr=0.1), None, "cannot follow NaturalGradient, whose steps are its own",
     ),
     "amsgrad": (coins, lambda: pyro.optim.Adam({"lr": 0.1, "amsgrad": True}), None, "has no amsgrad=True"),
 }  # fmt: skip
@@ -376,6 +381,60 @@ def test_refused_and_eager_if_asked(name, caplog):
     assert np.isfinite(svi.run(3)).all()
     assert svi.how == "eager"
     assert "steps are eager" in caplog.text
+
+
+def test_a_guide_that_builds_itself_is_left_as_it_is():
+    """The first call makes a flow's parameters and buffers, and trains them as SVI does."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor([3.0, -2.0]), 0.1).to_event(1))
+
+    found = {}
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = kind(model, AutoFlow(model), pyro.optim.Adam({"lr": 0.005}), IWAE_ELBO(16, "stl"))
+        start = svi.step()
+        for _ in range(150):
+            svi.step()
+        found[kind] = start, np.mean([svi.evaluate_loss() for _ in range(20)]), dict(svi.guide.named_buffers())
+    assert found[SVI][0] == pytest.approx(found[CompiledSVI][0], abs=3.0)
+    assert max(found[SVI][1], found[CompiledSVI][1]) < 0.1
+    for name, value in found[SVI][2].items():
+        assert torch.equal(value, found[CompiledSVI][2][name]), name
+
+
+def test_what_a_step_depends_on_is_noticed():
+    """Settings of the loss, arguments by value, modes of modules, another optimiser: each as an eager step has it."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.999999))
+
+    def model(scale, words=("a",)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.factor("f", scale * (1.0 + len(words[0])) * z.sum(-1) + 1e4 * net(torch.ones(1)).square().sum())
+
+    def guide(scale, words=("a",)):
+        pyro.sample("z", dist.Delta(pyro.param("loc", torch.ones(1)), event_dim=1))
+
+    elbo = MeanField_ELBO(1)
+    svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 0.0}), elbo)
+
+    def same(*args):
+        return svi.step(*args) == pytest.approx(svi.evaluate_loss(*args), rel=1e-6)
+
+    dropped = svi.step(1.0)
+    assert dropped == pytest.approx(svi.evaluate_loss(1.0)) and same(2.0) and same(2.0, ("longer",))
+    net.eval()
+    assert abs(svi.step(1.0) - dropped) > 1 and same(1.0)
+    svi.optim = pyro.optim.SGD({"lr": 0.5})
+    svi.step(1.0)
+    assert float(pyro.param("loc").detach()) != 1.0
+
+
+def test_numbers_of_steps():
+    svi = CompiledSVI(coins, coins_guide, adam(), ScoreFunction_ELBO(2))
+    for number, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error):
+            svi.run(number)
 
 
 def test_batch_norm_of_no_module_is_refused():
