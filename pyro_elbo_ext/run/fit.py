@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_elbo_ext.run.batches import Batches
-from pyro_elbo_ext.run.checkpoint import check_path, unmoved
-from pyro_elbo_ext.run.loop import BLOCK
+from pyro_elbo_ext.run.checkpoint import check_path
+from pyro_elbo_ext.run.compiled.loop import BLOCK
 from pyro_elbo_ext.run.progress import Progress, smoothed
-from pyro_elbo_ext.run.rates import check_rates, learning_rate, scale_learning_rate
+from pyro_elbo_ext.run.rates import check_rates
 from pyro_elbo_ext.run.resume import Saved
-from pyro_elbo_ext.run.steps import Step, Steps
+from pyro_elbo_ext.run.state import FitState
+from pyro_elbo_ext.run.steps import Steps
 from pyro_elbo_ext.run.stopping import Budget, StagedStop, StopRule, make_stop, whole_number
-from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["FitResult", "FitState", "fit"]
 
-HISTORY = ("loss", "grad_norm", "learning_rate", "stage")
 BEST_WINDOW = 100  # losses by whose mean a state is judged
 
 
@@ -62,67 +61,6 @@ class FitResult:
             f"loss {self.loss:.2f} ± {self.loss_error:.2f} nats after {self.num_steps} steps{skipped} "
             f"in {self.seconds:.1f} s (stopped by {self.stopped})"
         )
-
-
-@dataclass
-class FitState:
-    """A run under way, as callbacks and stopping rules see it.
-
-    Attributes:
-        svi: what is trained.
-        step: number of steps taken.
-        losses: of all steps, in nats.
-        params: unconstrained parameters by name, of those that the loss has met.
-        history: the lists that become :attr:`FitResult.history`.
-    """
-
-    svi: SVI
-    batches: Batches
-    kwargs: Mapping[str, Any]
-    steps: Steps
-    step: int = 0
-    history: dict[str, list] = field(default_factory=lambda: {name: [] for name in HISTORY})
-
-    @property
-    def losses(self) -> list[float]:
-        """Losses of all steps, in nats."""
-        return self.history["loss"]
-
-    @property
-    def loss(self) -> float:
-        """Loss of the last step, in nats."""
-        return self.history["loss"][-1]
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """Unconstrained parameters by name, of those that the loss has met."""
-        return self.steps.params
-
-    def evaluate(self, num: int, seed: int) -> np.ndarray:
-        """Return losses of the parameters as they are, ``[num]``: equal seeds, equal noise and minibatches.
-
-        Random state and buffers, as of batch norm, are afterwards what they were before.
-        """
-        losses = []
-        with forked_rng(), unmoved(self.svi):
-            torch.manual_seed(seed + getattr(self.svi, "rank", 0))
-            for args in self.batches.samples(num):
-                try:
-                    loss = self.svi.evaluate_loss(*args, **self.kwargs)
-                except self.steps.tolerated:
-                    loss = math.inf
-                losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
-        return np.array(losses)
-
-    def scale_learning_rate(self, factor: float) -> None:
-        """Multiply every step size of the optimiser."""
-        scale_learning_rate(self.svi.optim, factor)
-
-    def _add(self, step: Step, stage: int) -> None:
-        self.step += 1
-        row = step.loss, step.grad_norm, learning_rate(self.svi.optim), stage
-        for name, value in zip(HISTORY, row, strict=True):
-            self.history[name].append(value)
 
 
 def fit(
@@ -212,7 +150,7 @@ def _advance(state: FitState, rule: StopRule, best: _Best | None, callbacks: Seq
         args = state.batches.take(state.step)
         steps = state.steps.take_several(min(left, BLOCK) if nobody_looks else 1, args, state.kwargs)
     for step in steps:
-        state._add(step, rule.stage)
+        state.add(step, rule.stage)
     if best is not None:
         best.after_step(state)
     stopped = ""

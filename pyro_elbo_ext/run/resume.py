@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pyro_elbo_ext.run.checkpoint import check_content, put_content, read_checkpoint, write_checkpoint
+from pyro_elbo_ext.run.state import FitState
 from pyro_elbo_ext.run.stopping import StopRule
 from pyro_elbo_ext.tracing import forked_rng
-
-if TYPE_CHECKING:
-    from pyro_elbo_ext.run.fit import FitState
 
 __all__ = ["Saved"]
 

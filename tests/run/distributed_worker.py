@@ -39,10 +39,10 @@ from pyro_elbo_ext import (
     fit,
 )
 from pyro_elbo_ext.elbo.base import NonFiniteError
-from pyro_elbo_ext.run.averaging import Averager, Work
 from pyro_elbo_ext.run.distributed import DistributedSVI
-from pyro_elbo_ext.run.processes import Processes
-from pyro_elbo_ext.run.sharding import Watch
+from pyro_elbo_ext.run.distributed.averaging import Averager, Work
+from pyro_elbo_ext.run.distributed.processes import Processes
+from pyro_elbo_ext.run.distributed.sharding import Watch
 
 N, BATCH, FEATURES, LATENT, PARTICLES = 24, 4, 3, 2, 8
 TOLERANCE = 1e-12

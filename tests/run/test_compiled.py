@@ -24,11 +24,11 @@ from pyro_elbo_ext import (
     fit,
 )
 from pyro_elbo_ext.elbo.base import NonFiniteError
-from pyro_elbo_ext.run import loop
-from pyro_elbo_ext.run.averaging import running_averages
-from pyro_elbo_ext.run.graph import record
-from pyro_elbo_ext.run.mutation import CompileError
-from pyro_elbo_ext.run.updates import Update
+from pyro_elbo_ext.run.compiled import loop
+from pyro_elbo_ext.run.compiled.graph import record
+from pyro_elbo_ext.run.compiled.mutation import CompileError
+from pyro_elbo_ext.run.compiled.updates import Update
+from pyro_elbo_ext.run.distributed.averaging import running_averages
 from tests.run.cases import Coder, coins, coins_guide, regression
 
 

@@ -15,10 +15,10 @@ from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_elbo_ext.run.averaging import Averager, Work, running_averages
-from pyro_elbo_ext.run.processes import Processes, make_slot
-from pyro_elbo_ext.run.sharding import Report, Watch, check_loss, check_reports, digest, kept_plates
-from pyro_elbo_ext.run.shared_particles import Elsewhere, share
+from pyro_elbo_ext.run.distributed.averaging import Averager, Work, running_averages
+from pyro_elbo_ext.run.distributed.processes import Processes, make_slot
+from pyro_elbo_ext.run.distributed.sharding import Report, Watch, check_loss, check_reports, digest, kept_plates
+from pyro_elbo_ext.run.distributed.shared_particles import Elsewhere, share
 
 __all__ = ["DistributedSVI"]
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
-from pyro_elbo_ext.run.averaging import running_averages
-from pyro_elbo_ext.run.graph import LossGraph, record, tensors_of
-from pyro_elbo_ext.run.loop import BLOCK, Block, compile_block
-from pyro_elbo_ext.run.mutation import CompileError
-from pyro_elbo_ext.run.updates import State, Update
+from pyro_elbo_ext.run.compiled.graph import LossGraph, record, tensors_of
+from pyro_elbo_ext.run.compiled.loop import BLOCK, Block, compile_block
+from pyro_elbo_ext.run.compiled.mutation import CompileError
+from pyro_elbo_ext.run.compiled.updates import State, Update
+from pyro_elbo_ext.run.distributed.averaging import running_averages
 from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["CompiledSVI"]

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
-from pyro_elbo_ext.run.processes import Slot
+from pyro_elbo_ext.run.distributed.processes import Slot
 from pyro_elbo_ext.tracing import LOCAL_PLATE, PARTICLE_PLATE, forked_rng
 
 __all__ = ["Report", "SeenSite", "Watch", "check_loss", "check_reports", "kept_plates"]

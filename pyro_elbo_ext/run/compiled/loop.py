@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_elbo_ext.run.graph import LossGraph
-from pyro_elbo_ext.run.updates import State, Update
+from pyro_elbo_ext.run.compiled.graph import LossGraph
+from pyro_elbo_ext.run.compiled.updates import State, Update
 
 __all__ = ["BLOCK", "Block", "Outcome", "compile_block"]
 

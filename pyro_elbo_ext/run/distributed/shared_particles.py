@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_elbo_ext.bounds import Bound
 from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.elbo.importance import ImportanceWeighted_ELBO
-from pyro_elbo_ext.run.processes import Processes
+from pyro_elbo_ext.run.distributed.processes import Processes
 
 __all__ = ["Elsewhere", "SharedBound", "share"]
 

@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from pyro_elbo_ext.run.mutation import CompileError, is_same, return_changes
+from pyro_elbo_ext.run.compiled.mutation import CompileError, is_same, return_changes
 from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["CompileError", "LossGraph", "record", "tensors_of"]
 
-LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent))
+LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parents[1]))
 
 
 class LossGraph(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.gradients.memory import Memory
-from pyro_elbo_ext.run.processes import Bucket, Processes, Slot, fill, flatten, make_slot
-from pyro_elbo_ext.run.sharding import Watch
+from pyro_elbo_ext.run.distributed.processes import Bucket, Processes, Slot, fill, flatten, make_slot
+from pyro_elbo_ext.run.distributed.sharding import Watch
 
 __all__ = ["Agreed", "Averager", "Work", "running_averages"]
 
