@@ -19,22 +19,12 @@ import torch
 
 from pyro_elbo_ext.diagnostics.sampling import seeded
 from pyro_elbo_ext.diagnostics.weights import good_k
-from pyro_elbo_ext.export.chains import Chain, Job, Table, histories, run_chain, stack_chains
+from pyro_elbo_ext.export.chains import SAMPLED, Chain, Job, Table, histories, run_chain, stack_chains
 from pyro_elbo_ext.export.restarts import Restart, own_parameters, restarts
 
 __all__ = ["GROUPS", "loo", "to_arviz"]
 
-GROUPS = (
-    "posterior",
-    "posterior_predictive",
-    "log_likelihood",
-    "sample_stats",
-    "prior",
-    "prior_predictive",
-    "observed_data",
-    "constant_data",
-    "svi",
-)
+GROUPS = (*SAMPLED, "observed_data", "constant_data", "svi")
 
 
 def to_arviz(

@@ -20,7 +20,7 @@ from pyro_elbo_ext.diagnostics.sampling import PosteriorDraws, posterior_draws
 from pyro_elbo_ext.diagnostics.weights import MIN_SAMPLES, effective_sample_size, pareto_k, psis
 from pyro_elbo_ext.export.replay import Replayer, Survey, survey
 
-__all__ = ["Chain", "Job", "Table", "histories", "run_chain", "stack_chains"]
+__all__ = ["SAMPLED", "Chain", "Job", "Table", "histories", "run_chain", "stack_chains"]
 
 Table = dict[str, dict[str, tuple[tuple[str, ...], np.ndarray]]]  # group -> variable -> (dimensions, values)
 SAMPLED = (

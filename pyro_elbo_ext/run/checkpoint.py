@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.gradients.memory import Memory
 from pyro_elbo_ext.natural.optim import NaturalGradient
+from pyro_elbo_ext.run.buffers import module_buffers, unchanged
 from pyro_elbo_ext.run.random_state import get_rng_state, set_rng_state
 from pyro_elbo_ext.run.rates import get_rates, set_rates
 from pyro_elbo_ext.tracing import forked_rng
@@ -239,12 +240,10 @@ def _buffers(svi: SVI) -> Iterator[tuple[str, Tensor]]:
     """Yield buffers of a model and guide that are modules, or methods of one, such as running means."""
     seen: set[int] = set()
     for role, part in (("model", svi.model), ("guide", svi.guide)):
-        module = getattr(part, "__self__", part)
-        if isinstance(module, nn.Module):
-            for name, buffer in module.named_buffers():
-                if id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    yield f"{role} buffer {name}", buffer
+        for name, buffer in module_buffers(part).items():
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{role} buffer {name}", buffer
 
 
 @contextmanager
@@ -254,14 +253,11 @@ def unmoved(svi: SVI) -> Iterator[None]:
     parts = [elbo, *getattr(elbo, "__dict__", {}).values()]
     modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
     buffers = dict(_buffers(svi)) | {str(id(b)): b for module in modules for b in module.buffers()}
-    kept = [(buffer, buffer.clone()) for buffer in buffers.values()]
     averages = [(module, module.get_extra_state()) for module in modules if isinstance(module, Memory)]
     try:
-        yield
+        with unchanged(buffers.values()):
+            yield
     finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
         for module, state in averages:
             module.set_extra_state(state)
 

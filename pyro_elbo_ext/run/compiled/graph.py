@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pyro_elbo_ext.run.buffers import unchanged
 from pyro_elbo_ext.run.compiled.mutation import CompileError, is_same, return_changes
 from pyro_elbo_ext.tracing import forked_rng
 
@@ -83,11 +83,11 @@ def record(
 
     used: list[str] = []
     numbers = _other_generators()
-    with forked_rng(), pyro.validation_enabled(False), _unchanged(buffers.values()):
+    with forked_rng(), pyro.validation_enabled(False), unchanged(buffers.values()):
         expected = _seeded(loss_and_grads, tensors)
     if _other_generators() != numbers:
         raise CompileError("model, guide or loss draws random numbers of Python or NumPy: use pyro.sample or torch.")
-    with forked_rng(), pyro.validation_enabled(False), _unchanged(buffers.values()):
+    with forked_rng(), pyro.validation_enabled(False), unchanged(buffers.values()):
         try:
             module = make_fx(loss_and_grads)(*(value.clone() for value in tensors))  # apart, if given twice
         except Exception as error:
@@ -104,18 +104,6 @@ def record(
 def tensors_of(args: tuple, kwargs: dict) -> list[Tensor]:
     """Return the tensors among arguments, as a graph takes them."""
     return [value.contiguous() for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-
-
-@contextmanager
-def _unchanged(buffers: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors back the values that they had."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 def _other_generators() -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
+from pyro_elbo_ext.run.buffers import module_buffers
 from pyro_elbo_ext.run.compiled.graph import LossGraph, record, tensors_of
 from pyro_elbo_ext.run.compiled.loop import BLOCK, Block, compile_block
 from pyro_elbo_ext.run.compiled.mutation import CompileError
@@ -50,8 +51,9 @@ class CompiledSVI(SVI):
     parameters are compiled anew, which is logged; tensors of the same shapes are not. After every call parameters and
     the optimiser's state are where :class:`pyro.infer.SVI` has them, so that eager code goes on from there, and back.
 
-    For every ELBO class of this package that remembers nothing from step to step, and Pyro's SGD, Adam, AdamW and
-    ClippedAdam, alone or in a scheduler, with step sizes by parameter. Random numbers come from the same distributions
+    For every ELBO class of this package, running baselines included, and Pyro's SGD, Adam, AdamW and ClippedAdam, alone
+    or in a scheduler, with step sizes by parameter; not for ``NaturalGradient``. Buffers of modules, such as batch
+    norm's running means, are carried from step to step. Random numbers come from the same distributions
     as in eager steps, not from the same sequence. Pyro's validation is off inside. Numbers and tensors that model and
     guide take from outside are those of the first call: what is to change must be an argument, or a tensor that changes
     in place.
@@ -225,9 +227,7 @@ class CompiledSVI(SVI):
         """Return what a step may change besides parameters: buffers of modules, and what the loss remembers."""
         found = dict(running_averages(self._elbo))
         for which, part in (("model", self.model), ("guide", self.guide)):
-            root = getattr(part, "__self__", part)
-            if isinstance(root, nn.Module):
-                found |= {f"buffer {which}.{name}": value for name, value in root.named_buffers()}
+            found |= {f"buffer {which}.{name}": value for name, value in module_buffers(part).items()}
         return found
 
 

@@ -13,8 +13,9 @@ from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_elbo_ext.run.buffers import module_buffers
 from pyro_elbo_ext.run.distributed.averaging import Averager, Work, running_averages
 from pyro_elbo_ext.run.distributed.processes import Processes, make_slot
 from pyro_elbo_ext.run.distributed.sharding import Report, Watch, check_loss, check_reports, digest, kept_plates
@@ -225,8 +226,8 @@ class DistributedSVI(SVI):
         check_reports(reports, self._bound is not None)
         fresh = frozenset().union(*(report.fresh for report in reports))
         if fresh:
-            own = _buffers(self.model).values()
-            theirs = {n: b for n, b in _buffers(self.guide).items() if not any(b is other for other in own)}
+            own = module_buffers(self.model).values()
+            theirs = {n: b for n, b in module_buffers(self.guide).items() if not any(b is other for other in own)}
             values = {f"parameter {name}": work.params[name] for name in fresh}
             self._processes.broadcast(values | {f"buffer {name}": value for name, value in theirs.items()})
             self._seen.update((name, work.params[name]) for name in fresh)
@@ -288,15 +289,11 @@ def _problem(error: Exception | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
 
 
-def _buffers(part: Any) -> dict[str, Tensor]:
-    """Return the buffers of a model or guide that is a module, or a method of one."""
-    owner = part if isinstance(part, nn.Module) else getattr(part, "__self__", None)
-    return dict(owner.named_buffers()) if isinstance(owner, nn.Module) else {}
-
-
 def _describe_buffers(model: Callable, guide: Callable, first: bool) -> dict[str, Any]:
     """Return what must agree of buffers: their kind, and at first the values of the model's."""
-    found: dict[str, Any] = {f"guide.{name}": make_slot(name, value)[1:] for name, value in _buffers(guide).items()}
-    for name, value in _buffers(model).items():
+    found: dict[str, Any] = {
+        f"guide.{name}": make_slot(name, value)[1:] for name, value in module_buffers(guide).items()
+    }
+    for name, value in module_buffers(model).items():
         found[f"model.{name}"] = (*make_slot(name, value)[1:], digest(value) if first else "")
     return found
