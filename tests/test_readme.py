@@ -17,9 +17,9 @@ def printed_by(capsys, request):
     if request.config.getoption("--dtype") != "float64" or request.config.getoption("--device") != "cpu":
         pytest.skip("the examples choose neither dtype nor device")
 
-    def run(block):
+    def run(block, namespace=None):
         torch.set_default_dtype(torch.float32)
-        exec(compile(BLOCKS[block], "README.md", "exec"), {})
+        exec(compile(BLOCKS[block], "README.md", "exec"), {} if namespace is None else namespace)
         return capsys.readouterr().out
 
     return run
@@ -67,21 +67,17 @@ def test_a_fit_is_judged_and_kept_as_it_says(printed_by):
     assert "verdict         REWEIGHT: use the draws with their importance weights" in out
 
 
-def test_one_call_is_trusted(capsys):
-    setup = BLOCKS[5].partition("guide = ")[0]
+def test_one_call_is_trusted(printed_by):
     namespace = {}
-    exec(compile(setup + BLOCKS[6], "README.md", "exec"), namespace)
-    assert "trusted" in capsys.readouterr().out.splitlines()[0]
+    exec(compile(BLOCKS[5].partition("guide = ")[0], "README.md", "exec"), namespace)
+    assert "trusted" in printed_by(6, namespace).splitlines()[0]
     assert namespace["fitted"].report.trusted
     assert float(namespace["draws"]["mu"].mean()) == pytest.approx(4.4, abs=0.5)
 
 
-def test_compiled_steps_train(capsys):
+def test_compiled_steps_train(printed_by):
     namespace = {}
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32)
-    exec(compile(BLOCKS[7], "README.md", "exec"), namespace)
-    printed = re.findall(r"^(\w+) +\d+ microseconds a step$", capsys.readouterr().out, flags=re.M)
+    printed = re.findall(r"^(\w+) +\d+ microseconds a step$", printed_by(7, namespace), flags=re.M)
     assert printed == ["SVI", "CompiledSVI"]
     losses = namespace["losses"]
     assert losses.shape == (20_000,)
