@@ -425,6 +425,8 @@ def test_what_a_step_depends_on_is_noticed():
     assert dropped == pytest.approx(svi.evaluate_loss(1.0)) and same(2.0) and same(2.0, ("longer",))
     net.eval()
     assert abs(svi.step(1.0) - dropped) > 1 and same(1.0)
+    before, elbo.beta = svi.step(1.0), 5.0
+    assert abs(svi.step(1.0) - before) > 1 and same(1.0)
     svi.optim = pyro.optim.SGD({"lr": 0.5})
     svi.step(1.0)
     assert float(pyro.param("loc").detach()) != 1.0
