@@ -1,6 +1,7 @@
-"""Loads the scripts of models/ as modules."""
+"""Loads the scripts of models/ as modules, and runs them."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -21,14 +22,13 @@ def load(name, **imported):
 
 
 HELPERS = {name: load(name) for name in ("datasets", "options", "report")}  # what the models share
-NAMES = (
-    "vae",
-    "sigmoid_belief_network",
-    "gaussian_mixture",
-    "bayesian_regression",
-    "bnn",
-    "lda",
-    "flow_vae",
-    "two_modes",
-)
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
 MODELS = {name: load(name, **HELPERS) for name in NAMES}
+
+
+def quick_run(name, folder, *options):
+    """The numbers that a quick run wrote, beside a picture."""
+    assert MODELS[name].main(["--quick", "--output", str(folder), *options]) == 0
+    assert {f"{name}.json", f"{name}.png"} <= {path.name for path in folder.glob("*.*")}
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / f"{name}.json").read_text())

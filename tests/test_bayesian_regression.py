@@ -1,6 +1,5 @@
 """models/bayesian_regression.py measures what it says it does, learns, and one step of it is exact."""
 
-import json
 import math
 from argparse import Namespace
 
@@ -11,21 +10,13 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from tests.model_files import MODELS
+from tests.model_files import MODELS, quick_run
 
 bayesian_regression = MODELS["bayesian_regression"]
 FAMILIES = list(bayesian_regression.FAMILIES)
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-def report(folder, *options):
-    """What a quick run wrote."""
-    assert bayesian_regression.main(["--quick", "--output", str(folder), *options]) == 0
-    assert sorted(path.name for path in folder.glob("*.*")) == ["bayesian_regression.json", "bayesian_regression.png"]
-    assert (folder / "bayesian_regression.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "bayesian_regression.json").read_text())
 
 
 def settings(**changed):
@@ -47,7 +38,7 @@ def small_regression(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quick_run(family, tmp_path, capsys):
     torch.set_num_threads(2)
-    result = report(tmp_path, "--family", family)
+    result = quick_run("bayesian_regression", tmp_path, "--family", family)
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["objective"] for row in result["table"]] == list(bayesian_regression.TITLES.values())
@@ -63,12 +54,12 @@ def test_quick_run(family, tmp_path, capsys):
 
 def test_same_seed_same_numbers(tmp_path):
     options = ("--natural-steps", "3", "--elbo", "natural", "--seed", "5")
-    first, second = (report(tmp_path, *options)["curves"] for _ in range(2))
+    first, second = (quick_run("bayesian_regression", tmp_path, *options)["curves"] for _ in range(2))
     assert first == second
 
 
 def test_natural_gradients_learn_and_nothing_learns_without_steps(tmp_path):
-    runs = [report(tmp_path / n, "--natural-steps", n, "--steps", "1") for n in ("1", "20")]
+    runs = [quick_run("bayesian_regression", tmp_path / n, "--natural-steps", n, "--steps", "1") for n in ("1", "20")]
     bounds = [{row["objective"]: row["bound"] for row in run["table"]} for run in runs]
     titles = bayesian_regression.TITLES
     assert [found[titles["natural"]] > -45 for found in bounds] == [False, True]  # nats: -160 before, -41 after
@@ -77,13 +68,15 @@ def test_natural_gradients_learn_and_nothing_learns_without_steps(tmp_path):
 
 
 def test_adam_learns(tmp_path):
-    rows = [report(tmp_path / n, "--steps", n, "--elbo", "adam")["table"][0] for n in ("1", "400")]
+    rows = [
+        quick_run("bayesian_regression", tmp_path / n, "--steps", n, "--elbo", "adam")["table"][0] for n in ("1", "400")
+    ]
     assert [row["bound"] > -60 for row in rows] == [False, True]  # nats: -400 before, -46 after
     assert [row["test"] > -0.2 for row in rows] == [False, True]  # -0.9 before, -0.13 after
 
 
 def test_one_step_is_exact_in_the_linear_model(tmp_path):
-    result = report(tmp_path, "--family", "linear", "--natural-steps", "1", "--steps", "1")
+    result = quick_run("bayesian_regression", tmp_path, "--family", "linear", "--natural-steps", "1", "--steps", "1")
     kl = result["kl_after_one_step"]
     assert kl["natural"] < 1e-9
     assert kl["adam"] > 100

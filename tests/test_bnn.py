@@ -1,6 +1,5 @@
 """The regression network of models/ runs, learns by natural steps, and refuses data that it cannot use in one line."""
 
-import json
 import math
 
 import numpy as np
@@ -11,20 +10,12 @@ import torch
 from pyro.infer import SVI
 
 from pyro_elbo_ext import MeanField_ELBO
-from tests.model_files import MODELS
+from tests.model_files import MODELS, quick_run
 
 bnn = MODELS["bnn"]
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-
-
-def report(folder, *options):
-    """What a quick run wrote."""
-    assert bnn.main(["--quick", "--output", str(folder), *options]) == 0
-    assert sorted(path.name for path in folder.glob("*.*")) == ["bnn.json", "bnn.png"]
-    assert (folder / "bnn.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "bnn.json").read_text())
 
 
 def write_folder(folder, rows=40):
@@ -44,7 +35,7 @@ def write_folder(folder, rows=40):
 
 
 def test_quick_run(tmp_path, capsys):
-    result = report(tmp_path)
+    result = quick_run("bnn", tmp_path)
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["optimiser"] for row in result["table"]] == list(bnn.TITLES.values())
@@ -53,7 +44,7 @@ def test_quick_run(tmp_path, capsys):
         assert f"{row['log_likelihood']:.3f} ± {row['log_likelihood_error']:.3f}" in line
         assert len(row["log_likelihood_splits"]) == 2
         assert row["steps"][-1] == 400
-    untrained = report(tmp_path / "untrained", "--steps", "1")["table"]
+    untrained = quick_run("bnn", tmp_path / "untrained", "--steps", "1")["table"]
     values = [row["log_likelihood"] for row in (*untrained, *result["table"])]
     assert [value > -5.6 for value in values] == [False] * 2 + [True] * 2  # nats per row: below -6 before, -5.4 after
 
@@ -61,14 +52,14 @@ def test_quick_run(tmp_path, capsys):
 def test_ivon_mode_learns_at_least_as_well_as_adam_in_few_steps(tmp_path):
     write_folder(tmp_path / "line")
     options = ("--data", str(tmp_path / "line"), "--batch-size", "10", "--ivon-lr", "0.1", "--adam-lr", "0.003,0.03")
-    adam, ivon = report(tmp_path / "out", *options)["table"]
-    still = report(tmp_path / "still", *options, "--steps", "1")["table"][1]
+    adam, ivon = quick_run("bnn", tmp_path / "out", *options)["table"]
+    still = quick_run("bnn", tmp_path / "still", *options, "--steps", "1")["table"][1]
     assert ivon["rmse"] < 4 < still["rmse"]  # 1 is the noise, 10 the spread
     assert ivon["log_likelihood"] > adam["log_likelihood"] - 0.1
 
 
 def test_same_seed_same_numbers(tmp_path):
-    first, second = (report(tmp_path, "--steps", "3", "--seed", "5")["runs"] for _ in range(2))
+    first, second = (quick_run("bnn", tmp_path, "--steps", "3", "--seed", "5")["runs"] for _ in range(2))
     assert [row["log_likelihood_splits"] for row in first] == [row["log_likelihood_splits"] for row in second]
 
 

@@ -1,30 +1,21 @@
 """models/flow_vae.py and models/two_modes.py run, learn, and measure what they say they do."""
 
-import json
 import math
 from argparse import Namespace
 
 import pytest
 import torch
 
-from tests.model_files import HELPERS, MODELS
+from tests.model_files import HELPERS, MODELS, quick_run
 
 flow_vae, two_modes = (MODELS[name] for name in ("flow_vae", "two_modes"))
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def report(model, name, folder, *options):
-    """What a quick run wrote."""
-    assert model.main(["--quick", "--output", str(folder), *options]) == 0
-    assert sorted(path.name for path in folder.glob("*.*")) == [f"{name}.json", f"{name}.png"]
-    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / f"{name}.json").read_text())
-
-
 @pytest.mark.parametrize("gradient", ["pathwise", "dreg"])
 def test_flow_vae_quick_run(gradient, tmp_path, capsys):
-    result = report(flow_vae, "flow_vae", tmp_path, "--steps", "5", "--gradient", gradient)
+    result = quick_run("flow_vae", tmp_path, "--steps", "5", "--gradient", gradient)
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["posterior"] for row in result["table"]] == ["Gaussian", "flow", "flow - Gaussian"]
@@ -61,7 +52,7 @@ def test_flow_vae_differences_are_paired(capsys):
 
 
 def test_two_modes_quick_run(tmp_path, capsys):
-    result = report(two_modes, "two_modes", tmp_path, "--steps", "5")
+    result = quick_run("two_modes", tmp_path, "--steps", "5")
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["guide"] for row in result["table"]] == list(two_modes.TITLES.values())

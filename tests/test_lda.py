@@ -1,7 +1,6 @@
 """The topic model of models/ runs, learns by natural steps, and refuses a corpus that it cannot use in one line."""
 
 import argparse
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from tests.model_files import MODELS
+from tests.model_files import MODELS, quick_run
 
 lda = MODELS["lda"]
 
@@ -18,16 +17,8 @@ lda = MODELS["lda"]
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def report(folder, *options):
-    """What a quick run wrote."""
-    assert lda.main(["--quick", "--output", str(folder), *options]) == 0
-    assert sorted(path.name for path in folder.glob("*.*")) == ["lda.json", "lda.png"]
-    assert (folder / "lda.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "lda.json").read_text())
-
-
 def test_quick_run_and_natural_steps_learn_in_a_fifth_of_the_passes(tmp_path, capsys):
-    result = report(tmp_path)
+    result = quick_run("lda", tmp_path)
     printed, errors = capsys.readouterr()
     assert errors == ""
     adam, natural = result["table"]
@@ -40,7 +31,7 @@ def test_quick_run_and_natural_steps_learn_in_a_fifth_of_the_passes(tmp_path, ca
 
 
 def test_same_seed_same_numbers(tmp_path):
-    first, second = (report(tmp_path, "--passes", "1", "--seed", "5")["table"] for _ in range(2))
+    first, second = (quick_run("lda", tmp_path, "--passes", "1", "--seed", "5")["table"] for _ in range(2))
     assert [row["bound"] for row in first] == [row["bound"] for row in second]
 
 
@@ -90,7 +81,7 @@ def test_minibatches_have_the_bound_of_all_documents():
 
 
 def test_diverged_runs_are_shown_as_such(tmp_path, capsys):
-    adam, natural = report(tmp_path, "--adam-lr", "1e30", "--passes", "2")["table"]
+    adam, natural = quick_run("lda", tmp_path, "--adam-lr", "1e30", "--passes", "2")["table"]
     assert math.isnan(adam["bound"][-1])
     assert natural["bound"][-1] > natural["bound"][0]
     assert "nan" in capsys.readouterr().out
@@ -105,7 +96,7 @@ def test_corpus_of_a_file(tmp_path):
     both = torch.cat(corpus[:2])
     assert sorted(both.tolist()) == sorted(np.delete(counts, 4, 0).tolist())
     options = ("--data", str(tmp_path / "c.npz"), "--passes", "1")
-    assert report(tmp_path / "out", *options)["truth"] is None
+    assert quick_run("lda", tmp_path / "out", *options)["truth"] is None
 
 
 def bad_files(folder):

@@ -2,11 +2,9 @@
 
 import gzip
 import itertools
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyro.distributions as dist
@@ -15,28 +13,57 @@ import torch
 from torch import nn
 
 from pyro_elbo_ext import IWAE_ELBO
-from tests import model_files
-from tests.model_files import FOLDER, HELPERS
+from tests.model_files import FOLDER, HELPERS, MODELS, NAMES, quick_run
 
 datasets, bound = HELPERS["datasets"], HELPERS["report"].bound
-vae, sigmoid_belief_network, gaussian_mixture, bayesian_regression, bnn, lda, *flows = model_files.MODELS.values()
-MODELS = {  # what it writes
-    vae: ["vae.json", "vae.png"],
-    sigmoid_belief_network: ["sigmoid_belief_network.json", "sigmoid_belief_network.png"],
-    gaussian_mixture: ["gaussian_mixture.json", "gaussian_mixture.png"],
-    bayesian_regression: ["bayesian_regression.json", "bayesian_regression.png"],
-    bnn: ["bnn.json", "bnn.png"],
-    lda: ["lda.json", "lda.png"],
-    **{model: [f"{Path(model.__file__).stem}.{kind}" for kind in ("json", "png")] for model in flows},
-}
-
+vae, sigmoid_belief_network, gaussian_mixture = (
+    MODELS[name] for name in ("vae", "sigmoid_belief_network", "gaussian_mixture")
+)
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
-def test_table_lists_every_model():
-    listed = {Path(model.__file__).name for model in MODELS} | {f"{name}.py" for name in HELPERS}
-    assert {path.name for path in FOLDER.glob("*.py")} == listed
+SHORT = {"lda": ["--passes", "1"]}  # instead of two steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_runs_and_says_nothing_but_its_result(name, tmp_path, capsys):
+    result = quick_run(name, tmp_path, *SHORT.get(name, ["--steps", "2"]))
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert len(printed.splitlines()) > 1
+    assert result["table"]
+    assert result["settings"]["quick"]
+    assert set(result["versions"]) == {"python", "torch", "pyro", "pyro_elbo_ext"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quick_run_ends_without_a_word_on_stderr(name, tmp_path):
+    script = [sys.executable, "-W", "error", FOLDER / f"{name}.py", "--quick", "--output", tmp_path]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / f"{name}.png").exists()
+
+
+def refusal(name, folder, capsys, *options):
+    """The line that a model refuses options with."""
+    with pytest.raises(SystemExit) as exit:
+        MODELS[name].main(["--quick", "--output", str(folder / "out"), *options])
+    printed, errors = capsys.readouterr()
+    assert (exit.value.code, printed, errors.count("\n")) == (2, "", 1)
+    assert not (folder / "out").exists()
+    return errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_refuses_what_is_not_there(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    objective = refusal(name, tmp_path, capsys, "--elbo", "nonsense")
+    assert any(line in objective for line in ("invalid choice: 'nonsense'", "unrecognized arguments: --elbo"))
+    assert "use --device cpu" in refusal(name, tmp_path, capsys, "--device", "cuda")
+    absent = refusal(name, tmp_path, capsys, "--data", str(tmp_path / "absent.npz"))
+    assert any(line in absent for line in ("does not exist", "unrecognized arguments: --data", "choose another path"))
 
 
 def test_a_script_finds_its_neighbours():
@@ -55,18 +82,10 @@ def binary(images):
     return torch.as_tensor(images.reshape(len(images), -1) / images.max() >= 0.5).to(torch.get_default_dtype())
 
 
-def report(model, folder, *options):
-    """What a quick run wrote."""
-    assert model.main(["--quick", "--output", str(folder), *options]) == 0
-    assert sorted(path.name for path in folder.glob("*.*")) == MODELS[model]
-    assert (folder / MODELS[model][1]).read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / MODELS[model][0]).read_text())
-
-
 @pytest.mark.parametrize("batching", ["plate", "loader"])
 def test_vae_quick_run(batching, tmp_path, capsys):
     torch.set_num_threads(2)
-    result = report(vae, tmp_path, "--batching", batching)
+    result = quick_run("vae", tmp_path, "--batching", batching)
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["objective"] for row in result["table"]] == list(vae.TITLES.values())
@@ -78,14 +97,14 @@ def test_vae_quick_run(batching, tmp_path, capsys):
     assert set(result["curves"]) == {"K", *vae.TITLES}
     assert result["settings"]["batching"] == batching
     assert torch.get_num_threads() == 2
-    untrained = report(vae, tmp_path / "untrained", "--batching", batching, "--steps", "1", "--elbo", "elbo")
+    untrained = quick_run("vae", tmp_path / "untrained", "--batching", batching, "--steps", "1", "--elbo", "elbo")
     for after in result["table"]:
         assert after["bound"] > untrained["table"][0]["bound"] + 15  # nats: 64 pixels at log 2 before, about -20 after
 
 
 def test_same_seed_same_numbers(tmp_path):
     options = ("--steps", "3", "--elbo", "dreg", "--seed", "5")
-    first, second = (report(vae, tmp_path, *options)["curves"] for _ in range(2))
+    first, second = (quick_run("vae", tmp_path, *options)["curves"] for _ in range(2))
     assert first == second
 
 
@@ -130,7 +149,7 @@ def pixel_frequencies_bound():
 
 
 def test_belief_network_quick_run(tmp_path, capsys):
-    result = report(sigmoid_belief_network, tmp_path)
+    result = quick_run("sigmoid_belief_network", tmp_path)
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert [row["objective"] for row in result["table"]] == list(sigmoid_belief_network.TITLES.values())
@@ -139,7 +158,7 @@ def test_belief_network_quick_run(tmp_path, capsys):
         assert row["objective"] in printed
         assert f"{row['bound']:.2f} ± {row['bound_error']:.2f}" in printed
     options = ("--steps", "1", "--elbo", "rws")
-    untrained = report(sigmoid_belief_network, tmp_path / "untrained", *options)["table"]
+    untrained = quick_run("sigmoid_belief_network", tmp_path / "untrained", *options)["table"]
     gains = [row["bound"] - pixel_frequencies_bound() for row in (*untrained, *result["table"])]
     assert [gain > 3 for gain in gains] == [False, True, True, True, True]  # nats: 0 before, over 5 after
 
@@ -173,7 +192,7 @@ def test_belief_network_weights_average_to_the_evidence():
 
 
 def test_mixture_quick_run(tmp_path, capsys):
-    result = report(gaussian_mixture, tmp_path)
+    result = quick_run("gaussian_mixture", tmp_path)
     printed, errors = capsys.readouterr()
     assert errors == ""
     runs = [(title, k) for title in gaussian_mixture.TITLES.values() for k in (2, 10)]
@@ -182,14 +201,14 @@ def test_mixture_quick_run(tmp_path, capsys):
         assert line.startswith(row["objective"])
         assert f"{row['prior_error']:.4f}" in line
         assert f"{row['bound']:.2f} ± {row['bound_error']:.2f}" in line
-    untrained = report(gaussian_mixture, tmp_path / "untrained", "--steps", "1", "--elbo", "rws")["table"]
+    untrained = quick_run("gaussian_mixture", tmp_path / "untrained", "--steps", "1", "--elbo", "rws")["table"]
     bounds = [row["bound"] for row in (*untrained, *result["table"])]
     assert [value > -80 for value in bounds] == [False] * 2 + [True] * 8  # nats: about -130 before, -10 to -50 after
 
 
 def test_wake_sleep_learns_the_prior_of_the_mixture(tmp_path):
     options = ("--elbo", "rws", "--particles", "20", "--steps")
-    rows = [report(gaussian_mixture, tmp_path / n, *options, n)["table"][0] for n in ("1", "800")]
+    rows = [quick_run("gaussian_mixture", tmp_path / n, *options, n)["table"][0] for n in ("1", "800")]
     assert [row["prior_error"] < 0.04 for row in rows] == [False, True]  # 0.09 before, 0.01 to 0.02 after
     assert [row["guide_error"] < 0.6 for row in rows] == [False, True]  # 0.75 before, 0.4 after
 
@@ -290,7 +309,7 @@ def test_idx_folder(suffix, images, tmp_path):
 @pytest.mark.parametrize("shape", [(30, 4, 6), (30, 7)])
 def test_images_that_are_not_square_run(shape, tmp_path):
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).random(shape))
-    assert report(vae, tmp_path / "out", "--data", str(tmp_path / "d.npz"), "--steps", "2")["table"]
+    assert quick_run("vae", tmp_path / "out", "--data", str(tmp_path / "d.npz"), "--steps", "2")["table"]
 
 
 def bad_files(folder):
@@ -354,33 +373,27 @@ BAD = {
 
 
 BAD_OPTIONS = {
-    "layers": (sigmoid_belief_network, ["--layers", "4"], "invalid choice: 4"),
-    "one particle": (sigmoid_belief_network, ["--num-particles", "1"], "--num-particles 1: give a whole number of 2"),
-    "network objective": (sigmoid_belief_network, ["--elbo", "dreg"], "invalid choice: 'dreg'"),
-    "network data": (sigmoid_belief_network, ["--data", "{}/nan.npz"], "NaN"),
-    "network output": (sigmoid_belief_network, ["--output", "{}/text.npz"], "choose another path"),
-    "lr 0": (sigmoid_belief_network, ["--lr", "0"], "--lr: 0: give a number above 0"),
-    "lr nan": (gaussian_mixture, ["--lr", "nan"], "--lr: nan: give a number above 0"),
-    "lr x": (gaussian_mixture, ["--lr", "x"], "--lr: x: give a number above 0"),
-    "one of several": (gaussian_mixture, ["--num-particles", "5,1"], "5,1: give whole numbers of 2 or more"),
-    "no list": (gaussian_mixture, ["--num-particles", "2;5"], "2;5: give whole numbers of 2 or more"),
-    "empty list": (gaussian_mixture, ["--num-particles", ""], "give whole numbers of 2 or more"),
-    "mixture steps": (gaussian_mixture, ["--steps", "0"], "--steps 0: give a whole number of 1 or more"),
-    "mixture data": (gaussian_mixture, ["--data", "d.npz"], "unrecognized arguments: --data"),
-    "mixture output": (gaussian_mixture, ["--output", "{}/text.npz"], "choose another path"),
-} | {case: (vae, *rest) for case, rest in BAD.items()}
+    "layers": ("sigmoid_belief_network", ["--layers", "4"], "invalid choice: 4"),
+    "one particle": ("sigmoid_belief_network", ["--num-particles", "1"], "--num-particles 1: give a whole number of 2"),
+    "network objective": ("sigmoid_belief_network", ["--elbo", "dreg"], "invalid choice: 'dreg'"),
+    "network data": ("sigmoid_belief_network", ["--data", "{}/nan.npz"], "NaN"),
+    "network output": ("sigmoid_belief_network", ["--output", "{}/text.npz"], "choose another path"),
+    "lr 0": ("sigmoid_belief_network", ["--lr", "0"], "--lr: 0: give a number above 0"),
+    "lr nan": ("gaussian_mixture", ["--lr", "nan"], "--lr: nan: give a number above 0"),
+    "lr x": ("gaussian_mixture", ["--lr", "x"], "--lr: x: give a number above 0"),
+    "one of several": ("gaussian_mixture", ["--num-particles", "5,1"], "5,1: give whole numbers of 2 or more"),
+    "no list": ("gaussian_mixture", ["--num-particles", "2;5"], "2;5: give whole numbers of 2 or more"),
+    "empty list": ("gaussian_mixture", ["--num-particles", ""], "give whole numbers of 2 or more"),
+    "mixture steps": ("gaussian_mixture", ["--steps", "0"], "--steps 0: give a whole number of 1 or more"),
+    "mixture data": ("gaussian_mixture", ["--data", "d.npz"], "unrecognized arguments: --data"),
+    "mixture output": ("gaussian_mixture", ["--output", "{}/text.npz"], "choose another path"),
+} | {case: ("vae", *rest) for case, rest in BAD.items()}
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_wrong_input_is_refused_in_one_line(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bad_files(tmp_path)
-    model, arguments, message = BAD_OPTIONS[case]
-    with pytest.raises(SystemExit) as exit:
-        model.main(["--quick", "--output", str(tmp_path / "out"), *(a.format(tmp_path) for a in arguments)])
-    printed, errors = capsys.readouterr()
-    assert exit.value.code == 2
-    assert printed == ""
-    assert message in errors
-    assert errors.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    name, arguments, message = BAD_OPTIONS[case]
+    line = refusal(name, tmp_path, capsys, *(a.format(tmp_path) for a in arguments))
+    assert message in line
