@@ -34,7 +34,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/data_parallel.py
 
 notebooks: .venv/ready
-	@ls notebooks/*.ipynb >/dev/null 2>&1 || echo "no notebooks yet"
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
