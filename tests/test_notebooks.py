@@ -19,6 +19,12 @@ MACHINE = re.compile(r"/(?:home|root|tmp|usr|Users|work|opt)/|[A-Z]:\\\\|site-pa
 # What the first code cell says, by notebook, and what a test says instead.
 SMALL = {
     "01_what_the_elbo_is": {"STEPS = 1000": "STEPS = 10", "REPLICATES = 500": "REPLICATES = 5"},
+    "02_tighter_bounds": {
+        "STEPS = 1500": "STEPS = 10",
+        "REPLICATES = 150": "REPLICATES = 3",
+        "ROUNDS = 100": "ROUNDS = 3",
+    },
+    "03_discrete_latents": {"STEPS = 600": "STEPS = 5", "REPLICATES = 500": "REPLICATES = 5"},
 }
 
 
