@@ -81,7 +81,7 @@ def test_the_last_cell_says_what_to_remember(notebook):
     last = notebook.cells[-1]
     assert last.cell_type == "markdown"
     assert last.source.startswith("## What to remember")
-    assert "**What goes wrong:**" in last.source
+    assert "**What goes wrong:**" in " ".join(last.source.split())
 
 
 def test_it_was_run_from_top_to_bottom_without_an_error(notebook):
