@@ -25,6 +25,7 @@ SMALL = {
         "ROUNDS = 100": "ROUNDS = 3",
     },
     "03_discrete_latents": {"STEPS = 600": "STEPS = 5", "REPLICATES = 500": "REPLICATES = 5"},
+    "04_natural_gradients": {"STEPS = 1000": "STEPS = 30", "NEWTON = 200": "NEWTON = 30"},
 }
 
 
