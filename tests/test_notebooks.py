@@ -26,6 +26,7 @@ SMALL = {
     },
     "03_discrete_latents": {"STEPS = 600": "STEPS = 5", "REPLICATES = 500": "REPLICATES = 5"},
     "04_natural_gradients": {"STEPS = 1000": "STEPS = 30", "NEWTON = 200": "NEWTON = 30"},
+    "05_flow_guides": {"STEPS = 1000": "STEPS = 5", "DRAWS = 10000": "DRAWS = 100"},
 }
 
 
