@@ -34,6 +34,11 @@ SMALL = {
         "DRAWS = 4000": "DRAWS = 500",
         "FLOW = 1000": "FLOW = 10",
     },
+    "07_fast_and_large": {
+        "EAGER = 200": "EAGER = 10",
+        "COMPILED = 20000": "COMPILED = 20",
+        "STEPS = 400": "STEPS = 16",
+    },
 }
 
 
