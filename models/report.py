@@ -1,4 +1,4 @@
-"""What the models of images in this folder report: the bound as a table, a picture and JSON."""
+"""What the models in this folder report: bounds of images, distances from exact posteriors; tables, pictures, JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_elbo_ext import __version__
+from pyro_elbo_ext import __version__, diagnose
 
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # particles of the reported bounds; the last is L_1000
+TIGHT = 100  # of the bound on one posterior that stands beside the ELBO
 
 
 class Result(NamedTuple):
@@ -65,6 +66,90 @@ def tabulate(results: Mapping[str, Result], titles: Mapping[str, str]) -> list[d
         print(line.format(titles[name], value, gain, f"{seconds:.1f}"))
         rows.append(row)
     return rows
+
+
+class Moments(NamedTuple):
+    """Means and standard deviations, ``[coordinates]`` both."""
+
+    mean: Tensor
+    sd: Tensor
+
+
+def mixture(weight: Tensor, mean: Tensor, variance: Tensor) -> Moments:
+    """Moments of a mixture, from the ``[components]`` weights and the components' ``[components, coordinates]``."""
+    centre = weight @ mean
+    return Moments(centre, (weight @ (variance + (mean - centre).square())).sqrt())
+
+
+class Examined(NamedTuple):
+    """A trained guide, what ``diagnose`` reports of it, its own loss's bound with a standard error, and seconds."""
+
+    guide: Any
+    parameters: Any
+    report: Any
+    bound: tuple[float, float]
+    seconds: float
+
+
+def examine(svi: Any, parameters: Any, seconds: float, num_draws: int, seed: int) -> Examined:
+    """Look at a trained guide, by its own loss twenty times and by ``diagnose`` with L_1, L_10 and L_100."""
+    own = -torch.tensor([svi.evaluate_loss() for _ in range(20)], dtype=torch.float64)
+    particles = (1, 10, TIGHT)
+    report = diagnose(svi.model, svi.guide, num_samples=num_draws, particles=particles, temperatures=0, seed=seed)
+    return Examined(svi.guide, parameters, report, (own.mean().item(), own.std().item() / math.sqrt(len(own))), seconds)
+
+
+def distances(result: Examined, exact: Any) -> dict[str, Any]:
+    """What a guide misses of an exact ``log_evidence`` and of ``moments`` by site.
+
+    The gaps of its own bound, of the ELBO, which is KL(q || p), and of L_100, in nats; k-hat; means and deviations of
+    its draws; and how far the worst mean of a site is off, in deviations of the posterior.
+    """
+    report = result.report
+    found = (("own", result.bound), ("kl", report.bounds[0][1:3]), ("tight", report.bounds[-1][1:3]))
+    row: dict[str, Any] = {"k": report.k, "verdict": report.verdict.name, "seconds": result.seconds}
+    for key, (value, error) in found:
+        row |= {key: exact.log_evidence - value, f"{key}_error": error}
+    for site, (mean, sd) in exact.moments.items():
+        draws = report.draws.values[site].double().reshape(report.draws.num_samples, -1)
+        row[f"{site}_off"] = ((draws.mean(0) - mean) / sd).abs().max().item()
+        row[site] = [part.squeeze().tolist() for part in (draws.mean(0), draws.std(0))]
+    return row
+
+
+def tabulate_distances(
+    results: Mapping[str, Examined], titles: Mapping[str, str], exact: Any, sites: tuple[str, ...], worst: str
+) -> list[dict[str, Any]]:
+    """Print the distances, with means and deviations of some sites and the worst mean of another."""
+    width = max(len(title) for title in titles.values())
+    line = f"{{:<{width}}}" + " {:>15}" * 3 + " {:>6}" + " {:>13}" * len(sites) + f" {{:>{4 + len(worst)}}} {{:>7}}"
+    print(f"log evidence {exact.log_evidence:.4f} nats; {worst}'s worst mean is off by so many standard deviations")
+    columns = "its own bound", "KL = ELBO's", f"L_{TIGHT}", "k-hat", *sites, f"{worst} off", "s"
+    print(line.format("log evidence less", *columns))
+    cells = [f"{exact.moments[site].mean.item():.2f} ± {exact.moments[site].sd.item():.2f}" for site in sites]
+    print(line.format("exact", "-", "0", "0", "-", *cells, "0", "-"))
+    rows = []
+    for name, result in results.items():
+        row = {"run": titles[name]} | distances(result, exact)
+        cells = [f"{row['own']:.3f} ± {row['own_error']:.3f}", f"{row['kl']:.3f} ± {row['kl_error']:.3f}"]
+        cells += [f"{row['tight']:.3f} ± {row['tight_error']:.3f}", f"{row['k']:.2f}"]
+        cells += ["{:.2f} ± {:.2f}".format(*row[site]) for site in sites]
+        print(line.format(row["run"], *cells, f"{row[f'{worst}_off']:.2f}", f"{result.seconds:.1f}"))
+        rows.append(row)
+    return rows
+
+
+def plot_distances(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """KL of each run, and the gap of its own bound where that is another, on a logarithmic axis."""
+    for i, row in enumerate(rows):
+        axes.text(0.02, i - 0.3, row["run"], transform=axes.get_yaxis_transform(), fontsize=11)
+        for key, style in (("own", "C1|"), ("kl", "C0o")):
+            ends = [max(row[key] + sign * 2 * row[f"{key}_error"], 1e-4) for sign in (-1, 1)]
+            axes.plot(ends, [i, i], style[:2], linestyle="-", linewidth=2)
+            axes.plot([max(row[key], 1e-4)], [i], style, markersize=7 if key == "kl" else 12)
+    axes.set(xscale="log", yticks=[], ylim=(len(rows) - 0.5, -0.8), title="Distance from the posterior")
+    axes.set_xlabel("nats: o KL(q || p), | gap of its own bound")
+    axes.grid(alpha=0.3)
 
 
 def write(path: Path, args: argparse.Namespace, **contents: Any) -> None:
