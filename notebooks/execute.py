@@ -17,7 +17,8 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 TIMEOUT = 600  # seconds, of one cell
-ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, where there are no widgets for its bars
+# What tqdm says where there are no widgets for its bars, and ArviZ 0.23 once a day, would stand in some runs only.
+ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning:arviz"}
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},

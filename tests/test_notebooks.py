@@ -2,7 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,9 +32,9 @@ SMALL = {
     "04_natural_gradients": {"STEPS = 1000": "STEPS = 30", "NEWTON = 200": "NEWTON = 30"},
     "05_flow_guides": {"STEPS = 1000": "STEPS = 5", "DRAWS = 10000": "DRAWS = 100"},
     "06_trusting_a_posterior": {
-        "STEPS = 4000": "STEPS = 600",
-        "BLOCK = 300": "BLOCK = 10",
-        "DRAWS = 4000": "DRAWS = 500",
+        "STEPS = 4000": "STEPS = 1500",
+        "BLOCK = 300": "BLOCK = 100",
+        "DRAWS = 4000": "DRAWS = 1000",
         "FLOW = 1000": "FLOW = 10",
     },
     "07_fast_and_large": {
@@ -163,5 +166,20 @@ def test_it_runs_at_a_small_size(name, tmp_path, monkeypatch):
     folder.mkdir()
     execute.execute(notebook, folder)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert all(output.get("name") != "stderr" for output in outputs)
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.slow
+def test_the_script_for_several_processes_runs(tmp_path):
+    """The listing of the last notebook, as a reader would save it, with fewer steps."""
+    cells = execute.read(PATHS["07_fast_and_large"]).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    (script,) = re.findall(r"```python\n(.*?)```", prose, flags=re.S)
+    assert script.count("num_steps=500") == 1
+    (tmp_path / "train.py").write_text(script.replace("num_steps=500", "num_steps=10"), encoding="utf8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert re.fullmatch(r"loss [\d.]+ ± [\d.]+ nats after 10 steps in [\d.]+ s \(stopped by budget\)\n", found)
+    assert (tmp_path / "run.pt").exists()
