@@ -45,8 +45,9 @@ from pyro_elbo_ext.diagnostics import pareto_k
 
 TITLES = {"elbo": "ELBO", "iwae": "IWAE", "dreg": "IWAE + DReG"}
 DEFAULTS = {"steps": 2000, "num_particles": 5, "batch_size": 100, "latent": 16, "hidden": 128, "warm_up": 700}
-DEFAULTS |= {"threads": 1, "lr": 4e-3}
-QUICK = DEFAULTS | {"steps": 60, "num_particles": 2, "latent": 4, "hidden": 32, "warm_up": 20, "lr": 2e-2}
+DEFAULTS |= {"test_images": 1000, "threads": 1, "lr": 4e-3}
+QUICK = DEFAULTS | {"steps": 60, "num_particles": 2, "latent": 4, "hidden": 32, "warm_up": 40, "lr": 2e-2}
+QUICK |= {"test_images": 100}
 
 Draw = Callable[[str, dist.Distribution], Tensor]  # what is done at a site
 
@@ -322,7 +323,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--kind", choices=("plain", "ladder", "both"), default="both", help="of the guide")
     parser.add_argument("--lr", type=options.positive, help="Adam's first step size, which falls to a twentieth")
     parser.add_argument("--free-bits", type=float, default=0.0, help="nats per layer that cost nothing, of the ELBO")
-    args = options.parse(parser, argv, DEFAULTS, QUICK, {"warm_up": 0})
+    args = options.parse(parser, argv, DEFAULTS, QUICK, {"warm_up": 0, "test_images": 2})
     if not 0 <= args.free_bits < math.inf:
         parser.error(f"--free-bits {args.free_bits}: give a number of 0 or more")
     if args.free_bits and args.elbo in ("iwae", "dreg"):
@@ -335,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, args = parse(argv)
     with options.one_line_errors(parser):
         data = load_data(args.data, args.seed).to(args.device)
+        data = data._replace(test=data.test[: args.test_images])
         args.output.mkdir(parents=True, exist_ok=True)
     with options.num_threads(args.threads):
         results = [train(run, data, args) for run in plan(args)]

@@ -46,7 +46,7 @@ def digits(num_test):
 def test_weights_average_to_the_evidence(kind, layers):
     pair, x = tiny(kind, (1,) * layers)
     grid = torch.linspace(-30, 30, 1001)[:, None]  # scales of the layers are between 0.1 and 4
-    log_p = pair.prior(layers, None, x).log_prob(grid)
+    log_p = dist.Normal(0.0, 1.0).log_prob(grid).sum(-1)
     for layer in range(layers - 1, 0, -1):  # p(z_l) on the grid, from p(z_{l+1})
         above = pair.prior(layer, grid[:, None], x).log_prob(grid) + log_p[:, None]
         log_p = above.logsumexp(0) + math.log(0.06)
@@ -160,6 +160,16 @@ def test_means_are_those_of_the_guide(kind):
     for layer, means in enumerate(examined.means, 1):
         z = draws[f"z{layer}"]
         assert ((z.mean(0) - means).abs() < 4.5 * 2**0.5 * z.std(0) / math.sqrt(4000)).all()
+
+
+def test_samples_of_a_row_share_their_top_layer():
+    pair, x = tiny("plain")
+    with torch.no_grad():
+        pair.down[1][1].weight[2:] = 0.0
+        pair.down[1][1].bias[2:] = -30.0  # z1 is its mean given z2
+    images = hvae.fantasies(pair, x).reshape(8, 8, 6)
+    torch.testing.assert_close(images, images[:, :1].expand_as(images))
+    assert images[:, 0].std(0).max() > 1e-4
 
 
 def test_it_learns_in_both_layers():
