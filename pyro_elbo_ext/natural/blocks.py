@@ -199,7 +199,7 @@ def natural_step(
     max_kl: float | None,
     trail: Trail | None = None,
     watched: bool = False,
-    opening: bool = False,
+    opening: bool | Tensor = False,
 ) -> tuple[dict[str, Tensor], Move, Trail]:
     """Return the parameters after one natural-gradient step, what it did, and how steps have gone.
 
@@ -215,7 +215,7 @@ def natural_step(
         max_kl: largest KL(new || old) of one element, in nats.
         trail: of the steps before, None before the first.
         watched: look out for steps that overshot, and make later ones shorter.
-        opening: take them back, too.
+        opening: take them back, too; a tensor where a graph is to hold for steps of both kinds.
     """
     q, grad, visited = block.gradient(leaves, grads)
     family, here = block.family, block.family.natural(q)
@@ -228,7 +228,7 @@ def natural_step(
         retreated, kept, after = judge(trail, block.rise(here, grad, trail.natural), opening)
     steps = _step_sizes(slope, torch.minimum(rate(after.clock), after.limit), max_kl)
     tried, falls = family.move(q, direction, block.to_units(steps)), steps * slope
-    if trail is not None and watched and opening:
+    if trail is not None and watched and (opening is not False):
         parts = 1 - (1 - kept) * _parts(slope)
         back = family.from_natural(block.between(trail.natural, here, parts))
         tried = {name: block.where(retreated, back[name], value, name) for name, value in tried.items()}

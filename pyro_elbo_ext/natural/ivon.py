@@ -17,7 +17,7 @@ References:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Momentum(NamedTuple):
 
 
 def ivon_step(
-    block: Block, leaves: Params, grads: Params, rate: Rate, ivon: IVON, memory: Momentum | None, num_steps: int
+    block: Block, leaves: Params, grads: Params, rate: Rate, ivon: IVON, memory: Momentum | None, num_steps: Any
 ) -> tuple[dict[str, Tensor], Move, Momentum]:
     """Return the parameters of a block of normals after one step, what it did, and the new momentum."""
     q, grad, visited = block.gradient(leaves, grads)
@@ -61,7 +61,7 @@ def ivon_step(
         memory = Momentum(torch.zeros_like(grad["loc"]), torch.zeros_like(grad["loc"]))
     mean = torch.where(usable, torch.lerp(grad["loc"], memory.mean, ivon.momentum), memory.mean)
     weight = torch.where(usable, 1 - ivon.momentum * (1 - memory.weight), memory.weight)
-    lr = rate(torch.full((), float(num_steps), dtype=scale.dtype, device=scale.device))
+    lr = rate(torch.as_tensor(num_steps, dtype=scale.dtype, device=scale.device))
     shift = lr * scale.square() * mean / weight.clamp(min=torch.finfo(mean.dtype).tiny)
     if ivon.clip_radius is not None:
         shift = torch.minimum(shift.abs(), ivon.clip_radius * scale) * shift.sign()

@@ -13,7 +13,7 @@ from pyro_elbo_ext.natural.blocks import Move
 from pyro_elbo_ext.natural.ivon import Momentum
 from pyro_elbo_ext.natural.retreat import Trail
 
-__all__ = ["SiteMemory"]
+__all__ = ["STATISTICS", "SiteMemory", "add_up"]
 
 STATISTICS = ("step", "kl", "largest_kl", "backtracks", "retreats", "rejected")
 
@@ -41,11 +41,7 @@ class SiteMemory:
 
     def note(self, move: Move) -> None:
         """Take down what a step did."""
-        last = [move.step.mean(), move.kl.sum(), move.kl.max()]
-        total = torch.stack([flag.sum().to(move.kl) for flag in (move.backtracks, move.retreated, move.rejected)])
-        if self.statistics is not None:
-            total = total + self.statistics[len(last) :]
-        self.statistics = torch.cat([torch.stack(last), total])
+        self.statistics = add_up(move, self.statistics)
         self.num_steps += 1
 
     def add_to_average(self, natural: Mapping[str, Tensor]) -> None:
@@ -77,6 +73,15 @@ class SiteMemory:
             if name in kept:
                 kept[name] = kind(**kept[name])
         return cls(**kept)
+
+
+def add_up(move: Move, before: Tensor | None) -> Tensor:
+    """Return the statistics after a step, ``[6]``."""
+    last = [move.step.mean(), move.kl.sum(), move.kl.max()]
+    total = torch.stack([flag.sum().to(move.kl) for flag in (move.backtracks, move.retreated, move.rejected)])
+    if before is not None:
+        total = total + before[len(last) :]
+    return torch.cat([torch.stack(last), total])
 
 
 def _moved(part: Any, device: torch.device) -> Any:

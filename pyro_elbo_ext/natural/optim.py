@@ -152,7 +152,7 @@ class NaturalGradient(PyroOptim):
         store = pyro.get_param_store()
         params = list(params)
         leaves = {name: p for p in params if (name := store.param_name(p)) is not None}
-        self._look(leaves)
+        self.look(leaves)
         rate = self._rate()
         self.num_steps += 1
         natural: set[str] = set()
@@ -180,13 +180,20 @@ class NaturalGradient(PyroOptim):
     def _natural_names(self) -> set[str]:
         return {name for block in self.blocks.values() for name in block.names.values()}
 
-    def _look(self, leaves: Mapping[str, Tensor]) -> None:
-        """Look at the guide when there are parameters that were not there before."""
+    def look(self, leaves: Mapping[str, Tensor], svi: Any = None, args: tuple = (), kwargs: Any = None) -> None:
+        """Look at the guide when there are parameters that were not there before.
+
+        Args:
+            leaves: unconstrained parameters by name.
+            svi: whose step is under way, and the next two its arguments; None to look for it.
+            args: positional arguments.
+            kwargs: keyword arguments.
+        """
         known = self._natural_names() | set(self.others) >= set(leaves)
         if self.blocks and known and all(self._leaves.get(name) is leaf for name, leaf in leaves.items()):
             return
         self._leaves.update(leaves)
-        svi, given, named = _caller()
+        svi, given, named = _caller() if svi is None else (svi, args, kwargs or {})
         guide = self.guide if self.guide is not None else getattr(svi, "guide", None)
         if guide is None and not self.blocks:
             raise ValueError(

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 __all__ = ["Trail", "Verdict", "judge", "no_trail"]
 
@@ -67,8 +68,11 @@ def no_trail(natural: dict[str, Tensor], example: Tensor) -> Trail:
     return Trail(natural, zero, zero, zero, torch.full_like(example, math.inf), zero)
 
 
-def judge(trail: Trail, rise: Tensor, opening: bool) -> Verdict:
+def judge(trail: Trail, rise: Tensor, opening: bool | Tensor) -> Verdict:
     """Tell which elements overshot, from the rise of the loss at the end of their last step in nats."""
+    if isinstance(opening, Tensor):
+        both = judge(trail, rise, True), judge(trail, rise, False)
+        return tree_map(lambda early, late: torch.where(opening, early, late), *both)
     judged = trail.fall > SMALLEST_FALL
     ratio = torch.where(judged, rise / trail.fall, 0.0)
     streak = torch.where(ratio > 1, trail.streak + 1, 0.0)

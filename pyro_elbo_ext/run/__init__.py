@@ -4,6 +4,7 @@ from pyro_elbo_ext.run.checkpoint import load_checkpoint, save_checkpoint
 from pyro_elbo_ext.run.compiled import CompiledSVI
 from pyro_elbo_ext.run.distributed import DistributedSVI
 from pyro_elbo_ext.run.fit import FitResult, fit
+from pyro_elbo_ext.run.minibatches import Minibatches
 from pyro_elbo_ext.run.state import FitState
 from pyro_elbo_ext.run.stopping import StagedStop
 
@@ -12,6 +13,7 @@ __all__ = [
     "DistributedSVI",
     "FitResult",
     "FitState",
+    "Minibatches",
     "StagedStop",
     "fit",
     "load_checkpoint",

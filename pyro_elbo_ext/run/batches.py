@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Generator
 
+from pyro_elbo_ext.run.minibatches import Minibatches
 from pyro_elbo_ext.run.random_state import get_rng_state, set_rng_state
 
 __all__ = ["Batches"]
@@ -18,8 +20,8 @@ class Batches:
 
     Args:
         batches: None for the same arguments in every step; a function of the number of the step; or minibatches that
-            can be gone through again and again, such as a list or a ``DataLoader``. A minibatch that is a tuple or a
-            list is so many arguments.
+            can be gone through again and again, such as a list, a ``DataLoader`` or :class:`Minibatches`. A minibatch
+            that is a tuple or a list is so many arguments.
         args: what follows the minibatch.
 
     Raises:
@@ -38,9 +40,9 @@ class Batches:
         self._epoch: dict[str, Any] = {}  # the random state when it began
 
     @property
-    def are_the_same(self) -> bool:
-        """True where every step has the same arguments."""
-        return self._batches is None
+    def come_in_blocks(self) -> bool:
+        """True where :meth:`take_block` gives the arguments of many steps at once."""
+        return self._batches is None or isinstance(self._batches, Minibatches)
 
     @property
     def can_restart(self) -> bool:
@@ -61,13 +63,27 @@ class Batches:
             return self._args
         if callable(self._batches):
             return (*_arguments(self._batches(step)), *self._args)
+        batch = self._next(step)
+        if isinstance(self._batches, Minibatches):
+            batch = self._batches.take(batch)
+        return (*_arguments(batch), *self._args)
+
+    def take_block(self, step: int, num: int) -> tuple:
+        """Return the arguments of so many steps for a ``CompiledSVI``, which takes minibatches apart by itself."""
+        if not isinstance(self._batches, Minibatches):
+            return self.take(step)
+        rows = torch.stack([self._next(step + i) for i in range(num)])
+        return (self._batches.at(rows), *self._args)
+
+    def _next(self, step: int) -> Any:
+        """Return the next minibatch, or its rows where they are taken by index."""
         for _ in range(2):
             if self._iterator is None:
                 self._begin()
             batch = next(self._iterator, _END)  # type: ignore[arg-type]
             if batch is not _END:
                 self._position += 1
-                return (*_arguments(batch), *self._args)
+                return batch
             if not self.can_restart:
                 break
             self._iterator = None
@@ -107,7 +123,8 @@ class Batches:
     def _begin(self) -> None:
         states = [generator.get_state() for generator in self._generators]
         self._epoch = {"rng": get_rng_state(), "generators": states}
-        self._iterator, self._position = iter(self._batches), 0  # type: ignore[arg-type]
+        source: Any = self._batches.epoch() if isinstance(self._batches, Minibatches) else self._batches
+        self._iterator, self._position = iter(source), 0
 
     @property
     def _generators(self) -> list[Generator]:

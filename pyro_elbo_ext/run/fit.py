@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_elbo_ext.run.batches import Batches
 from pyro_elbo_ext.run.checkpoint import check_path
+from pyro_elbo_ext.run.compiled import CompiledSVI
 from pyro_elbo_ext.run.compiled.loop import BLOCK
 from pyro_elbo_ext.run.progress import Progress, smoothed
 from pyro_elbo_ext.run.rates import check_rates
@@ -81,9 +82,9 @@ def fit(
     """Train an SVI: ``num_steps`` times ``svi.step``, and what one writes around it.
 
     Args:
-        svi: an SVI; a :class:`~pyro_elbo_ext.CompiledSVI`, of which many steps are taken at once where neither
-            batches, callbacks nor a stopping rule come between them; or a :class:`~pyro_elbo_ext.DistributedSVI`, of
-            which every process makes the same call.
+        svi: an SVI; a :class:`~pyro_elbo_ext.CompiledSVI`, of which many steps are taken at once where no
+            callbacks, stopping rule, or batches other than :class:`~pyro_elbo_ext.Minibatches` come between them; or a
+            :class:`~pyro_elbo_ext.DistributedSVI`, of which every process makes the same call.
         *args: arguments of model and guide, after those of ``batches``.
         num_steps: number of steps in all, those of an interrupted run that is taken up again included.
         batches: minibatches: a function of the number of the step, or something to iterate over, again from the start
@@ -145,10 +146,13 @@ def fit(
 
 def _advance(state: FitState, rule: StopRule, best: _Best | None, callbacks: Sequence[Callable], left: int) -> str:
     """Take a step, or many compiled ones that nobody looks at singly, and return what stops the run, if anything."""
-    nobody_looks = type(rule) is Budget and not callbacks and best is None and state.batches.are_the_same
+    nobody_looks = type(rule) is Budget and not callbacks and best is None and state.batches.come_in_blocks
+    num = state.steps.at_once(min(left, BLOCK) if nobody_looks else 1)
     with state.steps.watching():
-        args = state.batches.take(state.step)
-        steps = state.steps.take_several(min(left, BLOCK) if nobody_looks else 1, args, state.kwargs)
+        if isinstance(state.svi, CompiledSVI):
+            steps = state.steps.take_several(num, state.batches.take_block(state.step, num), state.kwargs)
+        else:
+            steps = [state.steps.take(state.batches.take(state.step), state.kwargs)]
     for step in steps:
         state.add(step, rule.stage)
     if best is not None:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm.auto import tqdm
 
-__all__ = ["Progress", "smoothed"]
+__all__ = ["Progress", "Stages", "smoothed"]
 
 WINDOW = 100  # losses that are averaged
 
@@ -44,6 +44,32 @@ class Progress:
 
     def close(self) -> None:
         """Leave the line as it is."""
+        self._bar.close()
+
+
+class Stages:
+    """A line that says what is being done and for how long; nothing where nobody looks.
+
+    Args:
+        what: whose line it is.
+        shown: False for none; True for one if the output is a terminal.
+        file: the output, the standard error by default.
+    """
+
+    def __init__(self, what: str, shown: bool = True, file: TextIO | None = None) -> None:
+        self._what = what
+        self._bar: Any = tqdm(
+            bar_format="{desc} [{elapsed}]", disable=None if shown else True, file=file or sys.stderr, leave=False
+        )
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def say(self, text: str) -> None:
+        """Name the next stage."""
+        self._bar.set_description_str(f"{self._what}: {text}")
+
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
 

@@ -110,15 +110,19 @@ class Steps:
         self.num_skipped += self._seen.skipped
         return self._seen
 
-    def take_several(self, num: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Step]:
-        """Take up to ``num`` steps with the same arguments: at once where they are compiled, else one.
+    def at_once(self, num: int) -> int:
+        """Return how many of so many steps can be taken at once: one where they are not compiled, or may be skipped."""
+        return num if isinstance(self.svi, CompiledSVI) and self.nonfinite == "raise" else 1
 
-        A compiled step leaves no gradient to look at: its norm is NaN.
+    def take_several(self, num: int, args: tuple, kwargs: Mapping[str, Any]) -> list[Step]:
+        """Take compiled steps, which leave no gradient to look at: its norm is NaN.
+
+        Raises:
+            NonFiniteError: as :meth:`take`.
         """
-        if not isinstance(self.svi, CompiledSVI):
-            return [self.take(args, kwargs)]
+        svi: Any = self.svi
         try:
-            losses = self.svi.run(num if self.nonfinite == "raise" else 1, *args, **kwargs)
+            losses = svi.run(num, *args, **kwargs)
         except NonFiniteError:
             self.in_a_row += 1
             if self.nonfinite == "raise" or self.in_a_row >= MAX_SKIPPED:
@@ -126,7 +130,7 @@ class Steps:
             self.num_skipped += 1
             return [Step(math.nan, math.nan, True)]
         self.in_a_row, self.has_succeeded = 0, True
-        self.names.update(self.svi.names)
+        self.names.update(svi.names)
         return [Step(float(loss), math.nan, False) for loss in losses]
 
     def _watch(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,17 @@ X = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64, device="cpu")[:, None] **
 Y = X.sum(-1) + 0.3 * torch.sin(50 * X[:, 1])
 
 
+def leaves_of():
+    """The store's unconstrained parameters in the order of their names."""
+    store = pyro.get_param_store()._params
+    return {name: store[name] for name in sorted(store)}
+
+
+def params():
+    """Copies of them."""
+    return {name: leaf.detach().clone() for name, leaf in leaves_of().items()}
+
+
 def regression(batch=None):
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 2.0).to_event(1))
     sigma = pyro.sample("sigma", dist.HalfNormal(1.0))

@@ -13,13 +13,13 @@ import pyro
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from pyro_elbo_ext.run.buffers import unchanged
+from pyro_elbo_ext.run.compiled.call import Call
 from pyro_elbo_ext.run.compiled.mutation import CompileError, is_same, return_changes
 from pyro_elbo_ext.tracing import forked_rng
 
-__all__ = ["CompileError", "LossGraph", "record", "tensors_of"]
+__all__ = ["CompileError", "LossGraph", "record"]
 
 LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parents[1]))
 
@@ -46,7 +46,7 @@ def record(
     guide: Callable,
     leaves: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
-    given: tuple[tuple, dict],
+    call: Call,
 ) -> LossGraph:
     """Take down the graph of an ELBO at some arguments, and hold it against the ELBO itself.
 
@@ -58,24 +58,17 @@ def record(
         guide: its guide.
         leaves: unconstrained parameters by name, all there already.
         buffers: by name, what a run may change besides; they are left as they are.
-        given: ``(args, kwargs)`` of model and guide.
+        call: arguments of model and guide.
 
     Raises:
         CompileError: a branch on a random value, ``.item()``, in-place changes of what model or guide hold, or numbers
             that do not come from torch; the line is named.
     """
-    flat, spec = pytree.tree_flatten(given)
-    tensors = tensors_of(*given)
-
-    def objective(values: Sequence[Tensor]) -> Tensor:
-        left = iter(values)
-        args, kwargs = pytree.tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in flat], spec)
-        return elbo.differentiable_loss(model, guide, *args, **kwargs)
-
-    names = list(leaves)
+    names, tensors = list(leaves), call.values()
 
     def loss_and_grads(*values: Tensor) -> tuple[Tensor, ...]:
-        loss = objective(values)
+        args, kwargs = call.rebuild(values)
+        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         used.clear()
         used.extend(name for name, grad in zip(names, grads, strict=True) if grad is not None)
@@ -99,11 +92,6 @@ def record(
         found = _seeded(module, [*mine.values(), *tensors, *held, *memory])
     _compare(expected, found[: len(expected)], ["the loss", *(f"the gradient of '{name}'" for name in used)])
     return LossGraph(module, mine, held, memory)
-
-
-def tensors_of(args: tuple, kwargs: dict) -> list[Tensor]:
-    """Return the tensors among arguments, as a graph takes them."""
-    return [value.contiguous() for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
 
 
 def _other_generators() -> str:

@@ -3,172 +3,178 @@
 from __future__ import annotations
 
 import logging
+import marshal
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 
-from pyro_elbo_ext.run.compiled.graph import LossGraph
-from pyro_elbo_ext.run.compiled.updates import State, Update
+from pyro_elbo_ext.run.compiled.packages import PackageStore, fingerprint
+from pyro_elbo_ext.run.compiled.step import Carried, Inputs
 
 __all__ = ["BLOCK", "Block", "Outcome", "compile_block"]
 
 BLOCK = 256  # steps of one call at most: the losses' buffer, and how long an interruption waits
 logger = logging.getLogger("pyro_elbo_ext")
 
-Memory = tuple[Tensor, ...]
-Block = Callable[[int, Tensor, State, Memory, Sequence[Tensor]], "Outcome"]
+Block = Callable[[int, Inputs], "Outcome"]
 
 
 class Outcome(NamedTuple):
     """What a block of steps did.
 
     Attributes:
-        flat: coordinates.
-        state: of the optimiser.
-        memory: of model, guide and loss.
+        carried: what goes on to the next.
         losses: one for each step taken.
         ok: whether all were finite.
     """
 
-    flat: Tensor
-    state: State
-    memory: Memory
+    carried: Carried
     losses: Tensor
     ok: bool
 
 
-def compile_block(
-    graph: LossGraph, update: Update, flat: Tensor, state: State, memory: Memory, given: Sequence[Tensor]
-) -> tuple[Block, str]:
-    """Compile up to ``BLOCK`` steps into one call.
+def compile_block(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> tuple[Block, str]:
+    """Compile up to ``BLOCK`` steps into one call, or load what an earlier process compiled.
 
-    Where torch has no loop operator the compiled step runs in a Python loop; where there is no C++ compiler the graph
+    Where torch cannot compile a loop the compiled step runs in a Python loop; where there is no C++ compiler the graph
     runs operation by operation. Steps end where a loss or gradient is not finite, with the coordinates before it.
+
+    Args:
+        step: one step.
+        inputs: of the first block.
+        say: is told what is being done.
 
     Returns:
         The call, and how it runs: ``"loop"``, ``"step"`` or ``"graph"``.
     """
-    single = _single(graph, update)
-    on_gpu = next(iter(graph.leaves.values())).is_cuda
-    ways: list[tuple[str, Callable[[], Block]]] = [("step", lambda: _python_loop(_compiled(single, on_gpu)))]
+    on_gpu = inputs.carried[0].is_cuda
+    ways: list[tuple[str, Callable[[], Block]]] = [("step", lambda: _python_loop(_compiled(step, on_gpu)))]
     if not on_gpu:
-        ways.insert(0, ("loop", lambda: _compiled_loop(single)))
+        ways.insert(0, ("loop", lambda: _packaged_loop(step, inputs, say)))
     for name, make in ways:
         try:
             with _quietly():
                 block = make()
-                block(1, flat, state, memory, given)  # compiles; the step itself is thrown away
+                block(1, inputs)  # the step itself is thrown away
             return block, name
         except Exception as error:
             said = " ".join(str(error).split("\n\n")[0].split())
             logger.warning("compiling the %s failed (%s); going on without", name, said)
-    return _python_loop(single), "graph"
+    return _python_loop(step), "graph"
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep to itself what torch does when it first compiles: warn of itself, and switch validation off for all."""
     validation = Distribution._validate_args
+    talking = [logging.getLogger(name) for name in ("torch._inductor", "torch.export")]
+    levels = [talker.level for talker in talking]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for talker in talking:
+                talker.setLevel(logging.CRITICAL)
             yield
     finally:
+        for talker, level in zip(talking, levels, strict=True):
+            talker.setLevel(level)
         Distribution.set_default_validate_args(validation)
 
 
-def _single(graph: LossGraph, update: Update) -> Callable:
-    """Return one step as tensor code: from what is given, whether all was finite so far, and what is carried on.
-
-    That is ``flat, rate, count, *slots, *memory``; it stays as it is from the first step on that is not finite.
-    """
-    shapes = [leaf.shape for leaf in graph.leaves.values()]
-    sizes = [leaf.numel() for leaf in graph.leaves.values()]
-    module, num_memory, num_leaves = graph.module, len(graph.memory), len(shapes)
-
-    def single(given: tuple[Tensor, ...], ok: Tensor, *carried: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        flat, rate, count, *rest = carried
-        slots, memory = tuple(rest[: len(rest) - num_memory]), rest[len(rest) - num_memory :]
-        parts = [part.reshape(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-        loss, *found = module(*parts, *given, *memory)
-        grad = torch.cat([part.reshape(-1) for part in found[:num_leaves]])
-        flat, (rate, count, slots) = update.step(State(rate, count, slots), flat, grad)
-        ok = ok & torch.isfinite(loss) & torch.isfinite(grad).all()
-        after = (flat, rate, count, *slots, *found[num_leaves:])
-        return loss, ok, tuple(torch.where(ok, new, old) for new, old in zip(after, carried, strict=True))
-
-    return single
-
-
-def _compiled(function: Callable, on_gpu: bool) -> Callable:
+def _compiled(step: fx.GraphModule, on_gpu: bool) -> Callable:
     options: dict[str, Any] = {"triton.cudagraphs": True} if on_gpu else {"cpp_wrapper": True}
-    return torch.compile(_own_code(function), fullgraph=True, dynamic=False, options=options)
+    return torch.compile(_own_code(step.forward), fullgraph=True, dynamic=False, options=options)
 
 
-def _own_code(function: Any) -> Callable:
-    """Give a function code of its own: torch counts what it compiles by the code that it was given."""
+def _own_code(method: Any) -> Callable:
+    """Give a method code of its own: torch counts what it compiles by the code that it was given."""
+    function = method.__func__
     code, outside = function.__code__.replace(), function.__globals__
-    return types.FunctionType(code, outside, function.__name__, function.__defaults__, function.__closure__)
+    own = types.FunctionType(code, outside, function.__name__, function.__defaults__, function.__closure__)
+    return types.MethodType(own, method.__self__)
 
 
-def _compiled_loop(single: Callable) -> Block:
-    from torch._higher_order_ops.while_loop import while_loop  # a private name, imported here alone
+class _Loop(nn.Module):
+    """Steps until so many were taken or one was not finite."""
 
-    def loop(num: Tensor, given: tuple[Tensor, ...], *start: Tensor) -> tuple:
-        flat = start[0]
-        steps = torch.arange(BLOCK, device=flat.device)
+    def __init__(self, step: fx.GraphModule, num_tables: int, num_given: int) -> None:
+        super().__init__()
+        self._step, self._num_tables, self._num_given = step, num_tables, num_given
 
-        def goes_on(step: Tensor, ok: Tensor, *_: Any) -> Tensor:
-            return (step < num) & ok
+    def forward(self, num: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        from torch._higher_order_ops.while_loop import while_loop  # a private name, imported here alone
 
-        def body(step: Tensor, ok: Tensor, losses: Tensor, *carried: Tensor) -> tuple:
-            loss, ok, carried = single(given, ok, *carried)
-            losses = torch.where(steps == step, loss, losses)
-            return (step + 1, ok, losses.clone(), *(part.clone() for part in carried))
+        tables, given = values[: self._num_tables], values[self._num_tables : self._num_tables + self._num_given]
+        start = values[self._num_tables + self._num_given :]
+        steps = torch.arange(BLOCK, device=num.device)
 
-        zero = torch.zeros((), dtype=torch.int64, device=flat.device)
-        fine = torch.ones((), dtype=torch.bool, device=flat.device)
-        losses = torch.zeros(BLOCK, dtype=flat.dtype, device=flat.device)
+        def goes_on(count: Tensor, ok: Tensor, *_: Any) -> Tensor:
+            return (count < num) & ok
+
+        def body(count: Tensor, ok: Tensor, losses: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+            entries = [table.index_select(0, count.reshape(1))[0] for table in tables]
+            loss, ok, *carried_on = self._step(*entries, *given, ok, *carried)
+            losses = torch.where(steps == count, loss, losses)
+            return (count + 1, ok, losses.clone(), *(part.clone() for part in carried_on))
+
+        zero = torch.zeros((), dtype=torch.int64, device=num.device)
+        fine = torch.ones((), dtype=torch.bool, device=num.device)
+        losses = torch.zeros(BLOCK, dtype=start[0].dtype, device=num.device)
         return while_loop(goes_on, body, (zero, fine, losses, *start))
 
-    compiled = _compiled(loop, False)
 
-    def block(num: int, flat: Tensor, state: State, memory: Memory, given: Sequence[Tensor]) -> Outcome:
-        start = _laid_out(flat, state, memory)
-        with torch.no_grad():
-            step, ok, losses, *carried = compiled(torch.tensor(num, device=flat.device), tuple(given), *start)
-        return Outcome(*_taken_apart(carried, len(memory)), losses[: int(step)], bool(ok))
+def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> Block:
+    """Load the loop, or compile it for this process and others."""
+    flat = [*inputs.tables, *inputs.given, *inputs.carried]
+    store, name = PackageStore(), fingerprint(step, flat, BLOCK, marshal.dumps(_Loop.forward.__code__))
+    call = store.load(name)
+    if call is None:
+        say("compiling")
+        call = store.save(name, lambda path: _package(_Loop(step, len(inputs.tables), len(inputs.given)), flat, path))
+
+    def block(num: int, inputs: Inputs) -> Outcome:
+        first = torch.tensor(num, device=inputs.carried[0].device)
+        count, ok, losses, *carried = call([first, *inputs.tables, *inputs.given, *inputs.carried])
+        return Outcome(tuple(carried), losses[: int(count)], bool(ok))
 
     return block
 
 
-def _python_loop(single: Callable) -> Block:
-    def block(num: int, flat: Tensor, state: State, memory: Memory, given: Sequence[Tensor]) -> Outcome:
-        carried = _laid_out(flat, state, memory)
-        seen, ok = [], torch.ones((), dtype=torch.bool, device=flat.device)
+def _package(loop: nn.Module, example: Sequence[Tensor], path: Path) -> None:
+    """Compile a module ahead of time."""
+    from torch._inductor import aoti_compile_and_package  # imports for seconds
+
+    with torch.no_grad():
+        exported = torch.export.export(loop, (torch.tensor(1, device=example[-1].device), *example), strict=False)
+    trusting = {"cpp.vec_isa_ok": True}  # the compiler with the CPU's vectors, which to try out takes seconds
+    try:
+        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=trusting)
+    except Exception:
+        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+        valid_vec_isa_list.cache_clear()
+        aoti_compile_and_package(exported, package_path=str(path))
+
+
+def _python_loop(step: Callable) -> Block:
+    def block(num: int, inputs: Inputs) -> Outcome:
+        carried: Sequence[Tensor] = inputs.carried
+        seen, ok = [], torch.ones((), dtype=torch.bool, device=carried[0].device)
         with torch.no_grad():
-            for _ in range(num):  # without a look at a value: a GPU need not be waited for
-                loss, ok, carried = single(tuple(given), ok, *carried)
-                ok, carried = ok.clone(), tuple(part.clone() for part in carried)  # a CUDA graph reuses its results
+            for i in range(num):  # without a look at a value: a GPU need not be waited for
+                entries = [table[i] for table in inputs.tables]
+                loss, ok, *carried = step(*entries, *inputs.given, ok, *carried)
+                ok, carried = ok.clone(), [part.clone() for part in carried]  # a CUDA graph reuses its results
                 seen.append(torch.stack([loss, ok.to(loss)]))
         losses, fine = torch.stack(seen).unbind(1)
         taken = min(int(fine.sum()) + 1, num)
-        return Outcome(*_taken_apart(carried, len(memory)), losses[:taken], bool(ok))
+        return Outcome(tuple(carried), losses[:taken], bool(ok))
 
     return block
-
-
-def _laid_out(flat: Tensor, state: State, memory: Memory) -> tuple[Tensor, ...]:
-    return (flat, state.rate, state.steps, *state.slots, *memory)
-
-
-def _taken_apart(carried: Sequence[Tensor], num_memory: int) -> tuple[Tensor, State, Memory]:
-    flat, rate, count, *rest = carried
-    split = len(rest) - num_memory
-    return flat, State(rate, count, tuple(rest[:split])), tuple(rest[split:])

@@ -15,21 +15,24 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
+from pyro_elbo_ext.natural import NaturalGradient
 from pyro_elbo_ext.run.buffers import module_buffers
-from pyro_elbo_ext.run.compiled.graph import LossGraph, record, tensors_of
+from pyro_elbo_ext.run.compiled.call import Call
+from pyro_elbo_ext.run.compiled.graph import LossGraph, record
 from pyro_elbo_ext.run.compiled.loop import BLOCK, Block, compile_block
 from pyro_elbo_ext.run.compiled.mutation import CompileError
-from pyro_elbo_ext.run.compiled.updates import State, Update
+from pyro_elbo_ext.run.compiled.natural import NaturalUpdate
+from pyro_elbo_ext.run.compiled.step import Carried, Inputs, pack, record_step, unpack
+from pyro_elbo_ext.run.compiled.updates import TorchUpdate, Update
 from pyro_elbo_ext.run.distributed.averaging import running_averages
+from pyro_elbo_ext.run.progress import Stages
 from pyro_elbo_ext.tracing import forked_rng
 
 __all__ = ["CompiledSVI"]
 
 logger = logging.getLogger("pyro_elbo_ext")
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Program(NamedTuple):
@@ -46,14 +49,16 @@ class CompiledSVI(SVI):
     """SVI with compiled steps, many of them inside one call.
 
     The first call runs model and guide once, takes down loss, gradient and the optimiser's step as one graph of tensor
-    operations, holds it against the eager loss from one random state, and compiles it, which takes seconds. Later ones
-    run it: :meth:`run` without Python in between. Other shapes, other arguments that are no tensors, and other
-    parameters are compiled anew, which is logged; tensors of the same shapes are not. After every call parameters and
-    the optimiser's state are where :class:`pyro.infer.SVI` has them, so that eager code goes on from there, and back.
+    operations, holds it against the eager loss from one random state, and compiles it, which takes tens of seconds, or
+    loads it from the disk, where a process before has compiled the same, in one or two. Later calls run it: :meth:`run`
+    without Python in between. Other shapes, other arguments that are no tensors, and other parameters are compiled
+    anew, which is logged; tensors of the same shapes are not. After every call parameters and the optimiser's state are
+    where :class:`pyro.infer.SVI` has them, so that eager code goes on from there, and back.
 
-    For every ELBO class of this package, running baselines included, and Pyro's SGD, Adam, AdamW and ClippedAdam, alone
-    or in a scheduler, with step sizes by parameter; not for ``NaturalGradient``. Buffers of modules, such as batch
-    norm's running means, are carried from step to step. Random numbers come from the same distributions
+    For every ELBO class of this package, running baselines included; Pyro's SGD, Adam, AdamW and ClippedAdam, alone or
+    in a scheduler, with step sizes by parameter; and ``NaturalGradient``. :class:`~pyro_elbo_ext.Minibatches` as the
+    first argument are gone through inside. Buffers of modules, such as batch norm's running means, are carried from
+    step to step. Random numbers come from the same distributions
     as in eager steps, not from the same sequence. Pyro's validation is off inside. Numbers and tensors that model and
     guide take from outside are those of the first call: what is to change must be an argument, or a tensor that changes
     in place.
@@ -65,6 +70,8 @@ class CompiledSVI(SVI):
         loss: an ELBO of this package.
         fallback: what to do where a step cannot be compiled: ``"raise"``, or ``"eager"`` for SVI's own steps, which is
             logged.
+        progress: False for no line that says what the first call is doing; there is none in any case where the output
+            is no terminal.
         **kwargs: for ``pyro.infer.SVI``.
 
     Attributes:
@@ -77,13 +84,22 @@ class CompiledSVI(SVI):
     """
 
     def __init__(
-        self, model: Callable, guide: Callable, optim: PyroOptim, loss: Any, *, fallback: str = "raise", **kwargs: Any
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim,
+        loss: Any,
+        *,
+        fallback: str = "raise",
+        progress: bool = True,
+        **kwargs: Any,
     ) -> None:
         if fallback not in ("raise", "eager"):
             raise ValueError(f'fallback must be "raise" or "eager", got {fallback!r}')
         super().__init__(model, guide, optim, loss, **kwargs)
         self._elbo = loss
         self.fallback = fallback
+        self.progress = progress
         self.how = ""
         self._programs: dict[Any, Program | None] = {}  # None where steps are eager
 
@@ -107,7 +123,8 @@ class CompiledSVI(SVI):
 
         Args:
             num_steps: how many.
-            *args: arguments of model and guide, the same in all steps; data of a subsampled plate is drawn anew.
+            *args: arguments of model and guide, the same in all steps; data of a subsampled plate is drawn anew, and
+                each step has other ones of :class:`~pyro_elbo_ext.Minibatches`.
             **kwargs: keyword arguments.
 
         Raises:
@@ -116,20 +133,20 @@ class CompiledSVI(SVI):
         num_steps = operator.index(num_steps)
         if num_steps < 1:
             raise ValueError(f"num_steps must be a positive integer, got {num_steps}")
-        program = self._program(args, kwargs)
+        call = Call(args, kwargs)
+        program = self._program(call)
         if program is None:
             self.how = "eager"
-            return np.array([super(CompiledSVI, self).step(*args, **kwargs) for _ in range(num_steps)])
+            return np.array([self._eager_step(call) for _ in range(num_steps)])
         self.how = program.how
-        given = _apart([*tensors_of(args, kwargs), *program.graph.held])
-        flat, state = _packed(program.graph.leaves), program.update.read()
-        memory = tuple(part.clone() for part in program.graph.memory)
+        given, carried = _given(call, program.graph), pack(program.graph, program.update.read())
         losses: list[Tensor] = []
         left = num_steps
         try:
             while left:
-                found = program.block(min(left, BLOCK), flat, state, memory, given)
-                flat, state, memory = found.flat, found.state, found.memory
+                num = min(left, BLOCK)
+                found = program.block(num, Inputs(_tables(call, program.update, num), given, carried))
+                carried = found.carried
                 losses.append(found.losses)
                 left -= len(found.losses)
                 if not found.ok:
@@ -139,11 +156,20 @@ class CompiledSVI(SVI):
                         "pyro.infer.SVI, whose error names the site."
                     )
         finally:
-            _write(flat, state, memory, program)
+            _write(carried, program)
         return torch.cat(losses).double().cpu().numpy()
 
-    def _program(self, args: tuple, kwargs: dict) -> Program | None:
-        key = (_key(args, kwargs), self.model, self.guide, self.optim, _settings(self._elbo), bool(_PYRO_STACK))
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss in nats, of the next minibatch where there are such, without a step or a compiled graph."""
+        args, kwargs = Call(args, kwargs).next()
+        return super().evaluate_loss(*args, **kwargs)
+
+    def _eager_step(self, call: Call) -> float:
+        args, kwargs = call.next()
+        return super().step(*args, **kwargs)
+
+    def _program(self, call: Call) -> Program | None:
+        key = (call.key, self.model, self.guide, self.optim, _settings(self._elbo), bool(_PYRO_STACK))
         known = self._programs.get(key, self)
         if known is None:
             return None
@@ -152,7 +178,7 @@ class CompiledSVI(SVI):
         if self._programs:
             logger.warning("compiling another step: shapes, arguments, parameters or optimiser settings are new")
         try:
-            self._programs[key] = self._compile(args, kwargs)
+            self._programs[key] = self._compile(call)
         except CompileError:
             if self.fallback == "raise":
                 raise
@@ -167,23 +193,37 @@ class CompiledSVI(SVI):
         same = same and all(id(value) in kept for value in program.graph.memory)
         return same and program.modes == _modes(m for m, *_ in program.modes) and program.update.is_current()
 
-    def _compile(self, args: tuple, kwargs: dict) -> Program:
+    def _compile(self, call: Call) -> Program:
+        with Stages("CompiledSVI", self.progress) as stages:
+            return self._compile_in_stages(call, stages.say)
+
+    def _compile_in_stages(self, call: Call, say: Callable[[str], None]) -> Program:
         if not hasattr(self._elbo, "differentiable_loss"):
             raise CompileError(f"{type(self._elbo).__name__} has no differentiable_loss to be compiled: use IWAE_ELBO.")
-        self._check(args, kwargs)
-        leaves, called = self._run_once(args, kwargs)
-        graph = record(self._elbo, self.model, self.guide, leaves, self._buffers(), (args, kwargs))
-        try:
-            update = Update(self.optim, graph.leaves)
-        except ValueError as error:
-            raise CompileError(str(error)) from error
-        given = tensors_of(args, kwargs)
-        start = _packed(graph.leaves), update.read(), tuple(part.clone() for part in graph.memory)
+        self._check(call)
+        say("running model and guide")
+        leaves, called = self._run_once(call)
+        say("taking down the step")
+        graph = record(self._elbo, self.model, self.guide, leaves, self._buffers(), call)
+        update = self._make_update(graph, call)
+        state, tables = update.read(), tuple(_blank(table) for table in (*call.example_tables(), *update.tables(1)))
+        inputs = Inputs(tables, _given(call, graph), pack(graph, state))
+        step = record_step(graph, update, state, inputs)
         with forked_rng():
-            block, how = compile_block(graph, update, *start, _apart([*given, *graph.held]))
+            block, how = compile_block(step, inputs, say)
         return Program(graph, update, block, how, _modes(called))
 
-    def _check(self, args: tuple, kwargs: dict) -> None:
+    def _make_update(self, graph: LossGraph, call: Call) -> Update:
+        try:
+            if isinstance(self.optim, NaturalGradient):
+                args, kwargs = call.example()
+                self.optim.look(graph.leaves, self, args, kwargs)
+                return NaturalUpdate(self.optim, graph.leaves)
+            return TorchUpdate(self.optim, graph.leaves)
+        except ValueError as error:
+            raise CompileError(str(error)) from error
+
+    def _check(self, call: Call) -> None:
         """Refuse what a graph would not see change."""
         if _PYRO_STACK:
             raise CompileError("a compiled step knows nothing of effect handlers around it: put them around the model.")
@@ -192,17 +232,13 @@ class CompiledSVI(SVI):
                 f"{type(self._elbo).__name__} has a loss_and_grads of its own, which a compiled step would pass over: "
                 "use an ELBO of this package, such as IWAE_ELBO(1)."
             )
-        for value in pytree.tree_leaves((args, kwargs)):
-            if not isinstance(value, (Tensor, *PLAIN)):
-                raise CompileError(
-                    f"an argument is a {type(value).__name__}, of which a compiled step cannot tell whether it has "
-                    "changed: give tensors, numbers and strings, and lists and dictionaries of them."
-                )
+        call.check()
 
-    def _run_once(self, args: tuple, kwargs: dict) -> tuple[dict[str, Tensor], list[nn.Module]]:
+    def _run_once(self, call: Call) -> tuple[dict[str, Tensor], list[nn.Module]]:
         """Run the loss, so that parameters are there, and return them and the modules that it called."""
         before = {name: value.detach().clone() for name, value in self._buffers().items()}
         called: dict[nn.Module, None] = {}
+        args, kwargs = call.example()
         watch = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.setdefault(module))
         try:
             with forked_rng(), poutine.trace(param_only=True) as capture:
@@ -231,15 +267,6 @@ class CompiledSVI(SVI):
         return found
 
 
-def _key(args: tuple, kwargs: dict) -> tuple:
-    """Return what a compiled step depends on of its arguments: not the values of tensors."""
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    described = tuple(
-        (v.shape, v.dtype, v.device, v.requires_grad) if isinstance(v, Tensor) else (type(v), repr(v)) for v in flat
-    )
-    return described, str(spec)
-
-
 def _settings(elbo: Any) -> tuple:
     """Return an ELBO's public settings, less what it finds out and counts by itself."""
     found = {name: value for name, value in vars(elbo).items() if not name.startswith("_")}
@@ -263,16 +290,31 @@ def _apart(values: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _packed(leaves: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()])
+def _given(call: Call, graph: LossGraph) -> tuple[Tensor, ...]:
+    return tuple(_apart([*call.tensors, *graph.held]))
+
+
+def _tables(call: Call, update: Update, num: int) -> tuple[Tensor, ...]:
+    """Return what each of the next steps is told, of a block's full length, the rest of which is not looked at."""
+    found = []
+    for table in (*call.tables(num), *update.tables(num)):
+        whole = _blank(table)
+        whole[:num] = table
+        found.append(whole)
+    return tuple(found)
+
+
+def _blank(table: Tensor) -> Tensor:
+    return table.new_zeros(BLOCK, *table.shape[1:])
 
 
 @torch.no_grad()
-def _write(flat: Tensor, state: State, memory: tuple[Tensor, ...], program: Program) -> None:
+def _write(carried: Carried, program: Program) -> None:
     """Put a result where eager code looks for it."""
-    leaves = program.graph.leaves.values()
-    for leaf, part in zip(leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
-        leaf.copy_(part.reshape(leaf.shape))
-    for kept, value in zip(program.graph.memory, memory, strict=True):
+    graph = program.graph
+    values, state, memory = unpack(graph, program.update.read(), carried)
+    for leaf, value in zip(graph.leaves.values(), values, strict=True):
+        leaf.copy_(value)
+    for kept, value in zip(graph.memory, memory, strict=True):
         kept.copy_(value)
     program.update.write(state)

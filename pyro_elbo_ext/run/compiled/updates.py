@@ -1,9 +1,9 @@
-"""torch optimisers' steps as functions of flat tensors, and their state to and from them."""
+"""Optimisers' steps as functions of flat tensors, and their state to and from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
@@ -13,7 +13,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 
-__all__ = ["State", "Update"]
+__all__ = ["State", "TorchUpdate", "Update"]
 
 Slots = tuple[Tensor, ...]
 Hyper = Mapping[str, Any]
@@ -97,8 +97,27 @@ KINDS: dict[type, Kind] = {
 }
 
 
-class Update:
-    """The step of a Pyro optimiser for some parameters, as a function.
+class Update(Protocol):
+    """An optimiser's step for some parameters, as a function; its state is a tree of tensors."""
+
+    def read(self) -> Any:
+        """Return the optimiser's state as it is now."""
+
+    def tables(self, num: int) -> list[Tensor]:
+        """Return what the next steps are told one by one, each with one entry for each of so many."""
+
+    def step(self, state: Any, flat: Tensor, grad: Tensor, entries: Sequence[Tensor] = ()) -> tuple[Tensor, Any]:
+        """Return coordinates and state after a step, given its entries of the tables: pure tensor code."""
+
+    def write(self, state: Any) -> None:
+        """Make the optimiser's own state that of a function's result."""
+
+    def is_current(self) -> bool:
+        """Tell whether the optimiser still has the parameters and settings that this was made for."""
+
+
+class TorchUpdate:
+    """The step of one of Pyro's torch optimisers.
 
     Args:
         optim: the optimiser; one for each parameter is made where there is none yet.
@@ -143,7 +162,11 @@ class Update:
                 return False
         return True
 
-    def step(self, state: State, flat: Tensor, grad: Tensor) -> tuple[Tensor, State]:
+    def tables(self, num: int) -> list[Tensor]:
+        """Nothing: step sizes are part of the state, and schedulers are stepped outside."""
+        return []
+
+    def step(self, state: State, flat: Tensor, grad: Tensor, entries: Sequence[Tensor] = ()) -> tuple[Tensor, State]:
         """Return coordinates and state after a step: pure tensor code."""
         return self._kind.step(self.hyper, state, flat, grad)
 
