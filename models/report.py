@@ -141,13 +141,17 @@ def tabulate_distances(
 
 def plot_distances(axes: Any, rows: list[dict[str, Any]]) -> None:
     """KL of each run, and the gap of its own bound where that is another, on a logarithmic axis."""
+    shown = []
     for i, row in enumerate(rows):
         axes.text(0.02, i - 0.3, row["run"], transform=axes.get_yaxis_transform(), fontsize=11)
         for key, style in (("own", "C1|"), ("kl", "C0o")):
             ends = [max(row[key] + sign * 2 * row[f"{key}_error"], 1e-4) for sign in (-1, 1)]
+            shown += ends
             axes.plot(ends, [i, i], style[:2], linestyle="-", linewidth=2)
             axes.plot([max(row[key], 1e-4)], [i], style, markersize=7 if key == "kl" else 12)
     axes.set(xscale="log", yticks=[], ylim=(len(rows) - 0.5, -0.8), title="Distance from the posterior")
+    axes.set_xlim(10 ** math.floor(math.log10(min(shown))), 10 ** math.ceil(math.log10(max(shown))))  # whole decades
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.set_xlabel("nats: o KL(q || p), | gap of its own bound")
     axes.grid(alpha=0.3)
 
