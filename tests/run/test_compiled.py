@@ -33,6 +33,7 @@ from pyro_elbo_ext.run.compiled import svi as compiled_svi
 from pyro_elbo_ext.run.compiled.call import Call
 from pyro_elbo_ext.run.compiled.graph import record
 from pyro_elbo_ext.run.compiled.mutation import CompileError
+from pyro_elbo_ext.run.compiled.noise import draw_at_once
 from pyro_elbo_ext.run.compiled.packages import PackageStore, fingerprint
 from pyro_elbo_ext.run.distributed.averaging import running_averages
 from pyro_elbo_ext.run.progress import Stages
@@ -423,6 +424,26 @@ def test_batch_norm_of_no_module_is_refused():
 def test_unknown_fallback():
     with pytest.raises(ValueError, match='fallback must be "raise" or "eager", got \'python\''):
         CompiledSVI(coins, coins_guide, adam(), IWAE_ELBO(1), fallback="python")
+
+
+def test_small_draws_are_parts_of_one():
+    def draws(x):
+        a, b, large = torch.empty(3).normal_(), torch.empty(2, 2).normal_(), torch.empty(5000).normal_()
+        c = torch.empty(1, dtype=torch.float32).normal_()
+        return x + a.sum(), a, b, c, large
+
+    x = torch.zeros(())
+    graph = make_fx(draws)(x)
+    draw_at_once(graph)
+    drawn = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.normal_.default)
+    assert sorted(node.args[0].args[0][0] for node in drawn) == [1, 7, 5000]
+    found = [graph(x) for _ in range(3000)]
+    a, b, c = (torch.stack([run[i] for run in found]) for i in (1, 2, 3))
+    torch.testing.assert_close(torch.stack([run[0] for run in found]), a.sum(1))
+    assert (b.shape[1:], c.dtype) == ((2, 2), torch.float32)
+    values = torch.cat([a, b.flatten(1), c.to(a.dtype)], 1)
+    assert (values.mean(0).abs() < 4.5 / 3000**0.5).all()
+    assert ((values.T @ values / 3000 - torch.eye(8)).abs() < 4.5 * 2**0.5 / 3000**0.5).all()
 
 
 # What another process compiled.

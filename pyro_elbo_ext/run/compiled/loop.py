@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import marshal
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +132,7 @@ class _Loop(nn.Module):
 def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> Block:
     """Load the loop, or compile it for this process and others."""
     flat = [*inputs.tables, *inputs.given, *inputs.carried]
-    store, name = PackageStore(), fingerprint(step, flat, BLOCK, marshal.dumps(_Loop.forward.__code__))
+    store, name = PackageStore(), fingerprint(step, flat, BLOCK, _described(_Loop.forward.__code__))
     call = store.load(name)
     if call is None:
         say("compiling")
@@ -147,20 +146,25 @@ def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], No
     return block
 
 
+def _described(code: types.CodeType) -> tuple:
+    """Return what a piece of code does, the same in every process."""
+    inside = [_described(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts]
+    return code.co_code, code.co_names, inside
+
+
 def _package(loop: nn.Module, example: Sequence[Tensor], path: Path) -> None:
     """Compile a module ahead of time."""
-    from torch._inductor import aoti_compile_and_package  # imports for seconds
+    from torch._inductor import aoti_compile_and_package, config  # imports for seconds
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     with torch.no_grad():
         exported = torch.export.export(loop, (torch.tensor(1, device=example[-1].device), *example), strict=False)
-    trusting = {"cpp.vec_isa_ok": True}  # the compiler with the CPU's vectors, which to try out takes seconds
-    try:
-        aoti_compile_and_package(exported, package_path=str(path), inductor_configs=trusting)
-    except Exception:
-        from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-        valid_vec_isa_list.cache_clear()
-        aoti_compile_and_package(exported, package_path=str(path))
+    with config.patch({"aot_inductor.metadata": {}}):  # which it writes to
+        try:  # trusting the compiler with the CPU's vectors, which to try out takes seconds
+            aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"cpp.vec_isa_ok": True})
+        except Exception:
+            valid_vec_isa_list.cache_clear()
+            aoti_compile_and_package(exported, package_path=str(path))
 
 
 def _python_loop(step: Callable) -> Block:
