@@ -172,6 +172,9 @@ def test_quick_run_reports_what_it_prints(tmp_path, capsys):
     for row in result["table"]:
         assert f"{row['objective']:<20} {row['plain']:.1%}, weighted {row['weighted']:.1%}" in printed
         assert [step for step, _ in row["curve"]] == [0, 1, 2]
+        found = row["found_by_truth"]
+        assert sum(map(sum, found)) == 4
+        assert sum(found[count][count] for count in range(3)) == 4 * row["plain"]
 
 
 def test_learns_to_paint_digits():
