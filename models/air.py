@@ -24,8 +24,8 @@ and in 3900 steps, again as long, the ELBO comes to 95.0: the gain is down to 0.
 
 What makes it learn so soon is that the guide sees what is left. With a recurrent cell over the whole canvas instead,
 as in the paper, one run of the ELBO on such canvases, with two objects and step size 1e-3, counted 64 % right after
-2250 steps, and no single digit. Pyro's `RenyiELBO(0)` gives the guide's z_pres no gradient at all; its tracker has the paper's model under that
-bound as issue 3289.
+2250 steps, and no single digit. Pyro's `RenyiELBO(0)` gives the guide's z_pres no gradient at all; its tracker has the
+paper's model under that bound as issue 3289.
 
 References: Attend, Infer, Repeat: Fast Scene Understanding with Generative Models (Eslami et al., 2016,
 arXiv:1603.08575); Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker, Lawson, Gu, Maddison,
