@@ -8,7 +8,7 @@ written centred, as its equation is:
 Given tau all else is Gaussian, which leaves one integral, over log tau: evidence, means and deviations are exact. A
 guide is judged by 10000 draws: log Z less the ELBO, which is KL(q || p), and less L_100, k-hat of `diagnose`, and the
 means of its draws as they are, not weighted. `python models/eight_schools.py` takes about 90 s on one core (`--quick`
-10 s); `--netcdf` writes the best guide's draws for ArviZ as well.
+8 s); `--netcdf` writes the best guide's draws for ArviZ as well.
 
 Log Z is -31.3113 nats. Expect, for seeds 0, 1, 2, a KL of 3.0, 2.7, 2.9 nats for AutoNormal and of 2.2, 1.8, 1.9 for
 AutoMultivariateNormal, both still falling after 1000 steps; 0.18, 0.17, 0.16 for AutoFlow(noncenter=False); 0.10, 0.07,

@@ -10,14 +10,14 @@ The data are simulated from this model, with numbers near those that Gelman and 
 one to a hundred or so a county, half of the counties with eight or fewer. They are not the measurements, which `--data
 FILE.csv` or `.npz` takes, with columns county, floor, log_uranium and log_radon. Given the two deviations all is linear
 and Gaussian, so that evidence and moments are a sum over a grid of them: exact. `python models/radon.py` takes about
-80 s on one core (`--quick` 10 s).
+80 s on one core (`--quick` 8 s).
 
 Expect, for seeds 0, 1, 2, a KL(q || p) of 2.8, 2.9, 3.0 nats for AutoNormal, 1.8, 2.0, 2.0 for AutoMultivariateNormal,
 0.44, 0.37, 1.81 for AutoPlatedFlow and 0.29, 0.21, 0.58 when sticking-the-landing takes the score's noise out of the
 same ELBO's gradient, for twice the seconds. The deviation of s_alpha is 0.01 to 0.02 for the Gaussians, 0.04 for the
-last, 0.04 or 0.05 exactly. On minibatches of 17 counties AutoPlatedFlow ends at 0.87, 0.59 and 3.76 nats: seed 2 has
-one county of 106 houses, which is in one minibatch of five, and its s_alpha is 0.06 where 0.14 is exact. After 800
-steps no flow has settled.
+last, 0.04 or 0.05 exactly. On minibatches of 17 counties AutoPlatedFlow ends at 0.87, 0.59 and 3.76 nats. Seed 2, whose
+largest county has 106 houses, is the hardest for all flows; there the minibatches leave s_alpha at 0.06 where 0.14 is
+exact. After 800 steps no flow has settled.
 
 The locally enhanced bound, with a logarithm inside the plate of counties, comes 1.3, 1.5 and 1.1 nats nearer to the
 evidence than the ELBO of the same AutoNormal (standard error 0.3), for another guide: its draws, unweighted, are 5.7,
