@@ -1,8 +1,8 @@
 """The reproductions of benchmarks/ train under the bounds they name, on the schedules they name."""
 
-import itertools
 import json
 import math
+import re
 import sys
 from argparse import Namespace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -116,6 +116,12 @@ def test_an_untrained_loss_is_the_bound(name, i):
         assert abs(found.mean() - expected.mean()) < 4 * error
 
 
+def test_titles_say_how_many_particles():
+    for row in reproduce.ROWS.values():
+        for entry in row.entries:
+            assert str(entry.objective().num_particles) in re.findall(r"\d+", entry.title)
+
+
 def test_a_run_prints_and_writes_every_entry(folder, capsys):
     output = folder / "out.json"
     assert reproduce.main(options(folder, "--seeds", "2", "--output", str(output))) == 0
@@ -167,7 +173,7 @@ def test_epochs_are_binarised_anew(folder, monkeypatch):
     for x in seen:
         assert set(x.unique().tolist()) == {0.0, 1.0}
         assert abs(x.mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / x.numel())
-    assert all((a != b).any() for a, b in itertools.pairwise(seen))
+    assert len({x.sum().item() for x in seen}) == 3  # other bits, not only another order
 
 
 def test_schedules_are_the_published_ones():
