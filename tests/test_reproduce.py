@@ -131,8 +131,9 @@ def test_a_run_prints_and_writes_every_entry(folder, capsys):
     entries = [entry.title for name in ("vae", "bits") for entry in reproduce.ROWS[name].entries]
     assert [record["entry"] for record in records] == 2 * entries
     lines = printed.splitlines()
+    table = [line for line in lines if line.startswith("|")]
     assert [entry in line for entry, line in zip(2 * entries, lines, strict=False)] == [True] * len(records)
-    for entry, line in zip(entries, lines[-len(entries) :], strict=True):
+    for entry, line in zip(entries, table[2:], strict=True):
         mine = [record["score"] for record in records if record["entry"] == entry]
         assert entry in line
         assert f"{-sum(mine) / 2:.2f} ± {abs(mine[0] - mine[1]) / 2:.2f}" in line
