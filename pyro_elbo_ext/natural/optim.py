@@ -133,10 +133,14 @@ class NaturalGradient(PyroOptim):
         changed = [name for name, b in found.blocks.items() if name in self.blocks and not b.like(self.blocks[name])]
         for site in changed:
             self._memory.pop(site, None)
-        self.blocks |= found.blocks
-        self.others = found.others
+        before = self.blocks, self.others
+        self.blocks, self.others = self.blocks | found.blocks, found.others
         if self._pending is not None:
-            self._restore(self._pending)
+            try:
+                self._restore(self._pending)
+            except ValueError:  # the next step is to say so, too
+                self.blocks, self.others = before
+                raise
             self._pending = None
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -147,8 +151,7 @@ class NaturalGradient(PyroOptim):
             *args: for the inner optimiser.
             **kwargs: for the inner optimiser.
         """
-        if self._averaging:
-            raise ValueError("a step inside averaged() would be lost at its end. Step outside, or call use_average().")
+        self.check_can_step()
         store = pyro.get_param_store()
         params = list(params)
         leaves = {name: p for p in params if (name := store.param_name(p)) is not None}
@@ -168,6 +171,15 @@ class NaturalGradient(PyroOptim):
         rest = [p for p in params if store.param_name(p) not in natural]
         if rest:
             self.inner(rest, *args, **kwargs)
+
+    def check_can_step(self) -> None:
+        """Raise where a step would be lost.
+
+        Raises:
+            ValueError: within :meth:`averaged`.
+        """
+        if self._averaging:
+            raise ValueError("a step inside averaged() would be lost at its end. Step outside, or call use_average().")
 
     def _rate(self) -> Rate:
         """Return this step's size; a schedule of ours counts the steps of an element that were not taken back."""

@@ -34,7 +34,7 @@ class Batches:
             raise TypeError(
                 f"batches must be a function of the step or minibatches to iterate over, got {type(batches).__name__}"
             )
-        self._batches, self._args = batches, args
+        self._batches, self._args = batches.fresh() if isinstance(batches, Minibatches) else batches, args
         self._iterator: Iterator | None = None
         self._position = 0  # in the epoch
         self._epoch: dict[str, Any] = {}  # the random state when it began
@@ -108,10 +108,11 @@ class Batches:
 
     def _again(self) -> Iterator:
         kept = [(generator, generator.get_state()) for generator in self._generators]
+        again: Any = self._batches.fresh() if isinstance(self._batches, Minibatches) else self._batches
         try:
             while True:
                 empty = True
-                for batch in self._batches:  # type: ignore[union-attr]
+                for batch in again:
                     empty = False
                     yield batch
                 if empty:
@@ -121,10 +122,15 @@ class Batches:
                 generator.set_state(state)
 
     def _begin(self) -> None:
+        self._prepare()
         states = [generator.get_state() for generator in self._generators]
         self._epoch = {"rng": get_rng_state(), "generators": states}
         source: Any = self._batches.epoch() if isinstance(self._batches, Minibatches) else self._batches
         self._iterator, self._position = iter(source), 0
+
+    def _prepare(self) -> None:
+        if isinstance(self._batches, Minibatches):
+            self._batches.prepare()
 
     @property
     def _generators(self) -> list[Generator]:
@@ -146,6 +152,7 @@ class Batches:
         """
         if not state["epoch"] or self._batches is None or callable(self._batches):
             return
+        self._prepare()
         generators, states, taken = self._generators, state["epoch"]["generators"], state["position"]
         if len(generators) != len(states):
             raise ValueError(

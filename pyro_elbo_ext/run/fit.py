@@ -38,6 +38,7 @@ class FitResult:
 
     Attributes:
         history: by name, arrays with one entry per step: ``loss`` in nats, ``grad_norm``, ``learning_rate``, ``stage``.
+            Of compiled steps the norm is NaN, and the rate that of the last of those that were taken at once.
         loss: mean of the last 100 losses.
         loss_error: its standard error.
         num_steps: number of steps taken, those before an interruption included.
@@ -88,7 +89,8 @@ def fit(
         *args: arguments of model and guide, after those of ``batches``.
         num_steps: number of steps in all, those of an interrupted run that is taken up again included.
         batches: minibatches: a function of the number of the step, or something to iterate over, again from the start
-            where it ends, such as a ``DataLoader``. A tuple or list is so many arguments.
+            where it ends, such as a ``DataLoader`` or :class:`~pyro_elbo_ext.Minibatches`. A tuple or list is so many
+            arguments.
         stop: ``"budget"`` for all ``num_steps``, ``"staged"`` or a :class:`~pyro_elbo_ext.StagedStop` to stop earlier
             and halve the step size on the way, where the optimiser keeps it; or any rule with its methods.
         callbacks: functions of the :class:`FitState`, called after every step; one that returns True ends the run. The

@@ -105,6 +105,10 @@ class Steps:
                 f"{type(self.svi).__name__}.step does not call loss_and_grads, where fit looks at loss and gradient: "
                 "use pyro.infer.SVI, or a loop of one's own."
             )
+        return self._account()
+
+    def _account(self) -> Step:
+        """Count the step that was watched, and return what was seen."""
         self.has_succeeded |= not self._seen.skipped
         self.in_a_row = self.in_a_row + 1 if self._seen.skipped else 0
         self.num_skipped += self._seen.skipped
@@ -121,6 +125,7 @@ class Steps:
             NonFiniteError: as :meth:`take`.
         """
         svi: Any = self.svi
+        self._watched = False
         try:
             losses = svi.run(num, *args, **kwargs)
         except NonFiniteError:
@@ -129,6 +134,8 @@ class Steps:
                 raise
             self.num_skipped += 1
             return [Step(math.nan, math.nan, True)]
+        if svi.how == "eager" and self._watched:
+            return [*(Step(float(loss), math.nan, False) for loss in losses[:-1]), self._account()]
         self.in_a_row, self.has_succeeded = 0, True
         self.names.update(svi.names)
         return [Step(float(loss), math.nan, False) for loss in losses]

@@ -2,6 +2,7 @@ import copy
 import io
 import logging
 import os
+import time
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, init_to_value
 from pyro.optim import PyroOptim
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,7 +32,7 @@ from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.run.compiled import loop, packages
 from pyro_elbo_ext.run.compiled import svi as compiled_svi
 from pyro_elbo_ext.run.compiled.call import Call
-from pyro_elbo_ext.run.compiled.graph import record
+from pyro_elbo_ext.run.compiled.graph import LossGraph, record
 from pyro_elbo_ext.run.compiled.mutation import CompileError
 from pyro_elbo_ext.run.compiled.noise import draw_at_once
 from pyro_elbo_ext.run.compiled.packages import PackageStore, fingerprint
@@ -446,6 +447,70 @@ def test_small_draws_are_parts_of_one():
     assert ((values.T @ values / 3000 - torch.eye(8)).abs() < 4.5 * 2**0.5 / 3000**0.5).all()
 
 
+# What a compiled call would take as it comes.
+
+
+def two_parameters():
+    pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("b", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+    pyro.factor("f", -3.0 * HELD.to(torch.get_default_dtype()).sum())
+
+
+HELD = torch.arange(6.0, device="cpu").reshape(2, 3)[:, ::2]
+
+
+@pytest.mark.parametrize("what", ["rate", "count", "dtype"])
+def test_optimiser_and_parameters_may_change_their_form(what, uncompiled):
+    found = {}
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        optim = pyro.optim.SGD({"lr": 0.1}) if what == "dtype" else pyro.optim.Adam({"lr": 0.1})
+        guide = AutoDelta(two_parameters, init_loc_fn=init_to_value(values={"a": torch.ones(2), "b": torch.ones(3)}))
+        svi = kind(two_parameters, guide, optim, IWAE_ELBO(1))
+        losses = [svi.step() for _ in range(3)]
+        leaves = leaves_of()
+        first = next(name for name in leaves if name.endswith("a"))
+        if what == "rate":
+            optim.optim_objs[leaves[first]].param_groups[0]["lr"] = 0.0
+        elif what == "count":
+            for _ in range(4):
+                leaves[first].grad = torch.ones_like(leaves[first])
+                optim([leaves[first]])
+            leaves[first].grad = None
+        else:
+            guide.float()
+        losses += [svi.step() for _ in range(3)]
+        states = [optim.optim_objs[leaf].state.get(leaf, {}) for leaf in leaves.values()]
+        found[kind] = losses, params(), [float(kept["step"]) for kept in states if "step" in kept]
+    np.testing.assert_allclose(found[SVI][0], found[CompiledSVI][0], rtol=1e-6)
+    for key, value in found[SVI][1].items():
+        torch.testing.assert_close(found[CompiledSVI][1][key], value)
+    assert found[SVI][2] == found[CompiledSVI][2] == {"rate": [6, 6], "count": [10, 6], "dtype": []}[what]
+
+
+def test_tensors_are_given_in_one_form_whoever_shares_them():
+    x = torch.arange(12.0).reshape(3, 4)
+    graph = LossGraph(None, {}, [x[:, ::2]], [])
+    for args in ((torch.ones(2),), (x,), (x.T,), (x[0],)):
+        given = compiled_svi._given(Call(args, {}), graph)
+        assert given[-1].stride() == (2, 1)
+        assert all(part.is_contiguous() for part in given)
+        assert len({part.untyped_storage().data_ptr() for part in given}) == len(given)
+
+
+def test_what_has_no_dense_layout_is_refused_or_eager():
+    x = torch.eye(3).to_sparse()
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("f", -(torch.sparse.mm(x, w[:, None]) ** 2).sum())
+
+    with pytest.raises(CompileError, match=r"layout torch.sparse_coo: give dense"):
+        CompiledSVI(model, AutoDelta(model), adam(), IWAE_ELBO(1)).step(x)
+    svi = CompiledSVI(model, AutoDelta(model), adam(), IWAE_ELBO(1), fallback="eager")
+    assert np.isfinite([svi.step(x), svi.evaluate_loss(x)]).all()
+
+
 # What another process compiled.
 
 
@@ -480,6 +545,11 @@ def test_packages_are_told_apart():
     names = [fingerprint(graph, [x]) for graph in graphs]
     graphs[2]._tensor_constant0 = torch.tensor([1.0, 2.0, 4.0])
     names += [fingerprint(graphs[2], [x]), fingerprint(graphs[0], [x.float()]), fingerprint(graphs[0], [x], 1)]
+    graphs[2]._tensor_constant0 = torch.tensor([[1.0, 2.0, 4.0]])
+    names.append(fingerprint(graphs[2], [x]))
+    torch.set_default_dtype(torch.float32)  # which graphs leave unsaid
+    names.append(fingerprint(graphs[0], [x]))
+    torch.set_default_dtype(torch.float64)
     assert len(set(names)) == len(names)
     assert fingerprint(make_fx(step)(x), [x]) == names[0]
 
@@ -494,15 +564,65 @@ def test_a_folder_that_cannot_be_written_to_is_gone_without(tmp_path, monkeypatc
     assert made == ["call"]
 
 
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for home in ("", "/"):
+        monkeypatch.setenv("HOME", home)
+        assert PackageStore().folder is None
+        assert PackageStore().load("name") is None
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(PackageStore().folder) == "/home/someone/.cache/pyro_elbo_ext"
+
+
+def test_a_package_that_may_not_be_touched_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(packages, "_loaded", lambda path: path.name)
+
+    def refuse(path):
+        raise PermissionError
+
+    monkeypatch.setattr(packages.Path, "touch", refuse)
+    assert PackageStore().load("name") == "name.pt2"
+
+
+def test_a_package_that_does_not_run_is_made_anew(monkeypatch, caplog):
+    class Store:
+        folder = "folder"
+
+        def load(self, name):
+            def call(values):
+                raise RuntimeError("expected inputs vector size to be 8")
+
+            return call
+
+        def save(self, name, make):
+            raise RuntimeError("cannot be made here")
+
+    def fails(*args):
+        raise RuntimeError("nor compiled")
+
+    monkeypatch.setattr(loop, "PackageStore", Store)
+    monkeypatch.setattr(loop, "_compiled", fails)
+    svi = CompiledSVI(coins, coins_guide, adam(), ScoreFunction_ELBO(2))
+    svi.step()
+    assert svi.how == "graph"
+    assert "a compiled loop in folder cannot be run, and is made anew" in caplog.text
+    assert "compiling the loop failed (cannot be made here)" in caplog.text
+
+
 def test_the_longest_unused_packages_go(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(packages, "KEPT", 3)
     monkeypatch.setattr(packages, "_loaded", lambda path: path)
     store = PackageStore()
+    for age, name in ((7200, "making-old"), (0, "making-new")):
+        (store.folder / name).mkdir(parents=True)
+        os.utime(store.folder / name, (time.time() - age,) * 2)
     for i in range(5):
         path = store.save(str(i), lambda path: path.touch())
         os.utime(path, (i, i))
-    assert sorted(path.stem for path in store.folder.iterdir()) == ["2", "3", "4"]
+    assert sorted(path.stem for path in store.folder.iterdir()) == ["2", "3", "4", "making-new"]
 
 
 def test_what_is_being_done_is_said(uncompiled):

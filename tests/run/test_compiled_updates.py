@@ -112,7 +112,7 @@ def test_natural_steps_are_the_optimisers(name):
             if functional and 2 <= i < 12:
                 update = NaturalUpdate(optim, leaves)
                 flat, grad = (torch.cat([part.reshape(-1) for part in p.values()]) for p in (params(), grads))
-                entries = [table[0] for table in update.tables(1)]
+                entries = [table[0] for table in update.tables(1, 0)]
                 flat, state = update.step(update.read(), flat, grad, entries)
                 assert pytree.tree_structure(state) == pytree.tree_structure(update.read())
                 update.write(state)
@@ -150,6 +150,54 @@ def test_a_natural_update_notices_new_settings():
     assert update.read()["lr"] == 0.25
     optim.max_kl = 1.0
     assert not update.is_current()
+
+
+def test_a_schedule_is_asked_for_every_step_of_a_long_run():
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return 0.5
+
+    normals()
+    optim = NaturalGradient(schedule=schedule)
+    optim.discover(normals)
+    optim.num_steps = 7
+    update = NaturalUpdate(optim, leaves_of())
+    assert update.tables(3, 0)[0].tolist() == [0.5] * 3
+    update.tables(2, 3)
+    assert asked == [7, 8, 9, 10, 11]
+
+
+def test_a_step_inside_an_average_is_refused():
+    normals()
+    optim = NaturalGradient(lr=0.1, average_after=0)
+    optim.discover(normals)
+    for leaf in leaves_of().values():
+        leaf.grad = torch.ones_like(leaf)
+    optim(list(leaves_of().values()))
+    update = NaturalUpdate(optim, leaves_of())
+    with optim.averaged(), pytest.raises(ValueError, match="would be lost"):
+        update.read()
+    update.read()
+
+
+def test_a_state_of_another_guide_is_refused_every_time():
+    normals()
+    saved = NaturalGradient()
+    saved.discover(normals)
+    optim = NaturalGradient()
+    optim.set_state(saved.get_state())
+    pyro.clear_param_store()
+
+    def wider():
+        loc, scale = pyro.param("loc", torch.zeros(5)), pyro.param("scale", torch.ones(5), constraints.positive)
+        pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    wider()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the state is of another guide"):
+            optim.discover(wider)
 
 
 def test_a_site_without_half_of_its_gradient_is_refused():

@@ -6,16 +6,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, init_to_mean
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, init_to_mean
 
 from pyro_elbo_ext import (
     IWAE_ELBO,
+    VRIWAE_ELBO,
     CompiledSVI,
     Minibatches,
     NaturalGradient,
     ScoreRegression_ELBO,
     fit,
 )
+from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.run.compiled import loop
 from pyro_elbo_ext.run.compiled import svi as compiled_svi
 from tests.run.cases import params
@@ -45,8 +47,11 @@ def test_rows_go_on_from_epoch_to_epoch():
     torch.manual_seed(1)
     whole = batches.rows(9)
     torch.manual_seed(1)
-    parts = [batches.rows(num) for num in (1, 4, 2, 2)]
+    again = batches.fresh()
+    parts = [(again.rows(num), torch.randn(3))[0] for num in (1, 4, 2, 2)]  # other random numbers come between
     assert torch.equal(torch.cat(parts), whole)
+    again.put_back(whole[2:4])
+    assert torch.equal(again.rows(2), whole[2:4])
     assert all(sorted(epoch.flatten().tolist()) == list(range(6)) for epoch in whole.split(3))
     assert torch.equal(batches.at(whole[:2]).rows(2), whole[:2])
 
@@ -56,9 +61,9 @@ BAD = {
     "lengths": ((torch.ones(3), torch.ones(4)), 1, r"got \(3,\), \(4,\)"),
     "a number": ((torch.tensor(1.0),), 1, r"got \(\)"),
     "a list": (([1, 2],), 1, "got list"),
-    "zero": ((torch.ones(3),), 0, "from 1 to 3, got 0"),
+    "zero": ((torch.ones(3),), 0, "of at least 1, got 0"),
     "too many": ((torch.ones(3),), 4, "from 1 to 3, got 4"),
-    "a half": ((torch.ones(3),), 1.5, "from 1 to 3, got 1.5"),
+    "a half": ((torch.ones(3),), 1.5, "of at least 1, got 1.5"),
 }
 
 
@@ -114,11 +119,74 @@ def test_run_step_and_evaluate(uncompiled):
     value = svi.evaluate_loss(batches)
     eager = adam(SVI)
     torch.manual_seed(2)
-    rows = batches.at(torch.empty(0, 10, dtype=torch.int64)).rows(11)
+    rows = batches.fresh().rows(12)
     expected = [eager.step(*batches.take(part)) for part in rows[:10]]
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
-    assert value == pytest.approx(eager.evaluate_loss(*batches.take(rows[10])), rel=1e-9)
+    assert torch.equal(batches.rows(2), rows[10:])  # of which a look at the loss takes none
+    around = [eager.evaluate_loss(*batches.take(part)) for part in rows]
+    assert min(around) / 3 < value < 3 * max(around)
     assert len(svi._programs) == 1
+
+
+def test_with_noise_a_run_does_not_depend_on_where_blocks_end(uncompiled, tmp_path):
+    """In one run, in two, with a checkpoint here or there, and resumed: the same rows and the same noise."""
+
+    def svi():
+        pyro.clear_param_store()
+        return CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), VRIWAE_ELBO(1.0, 3))
+
+    found = {}
+    for name, sizes in (("one", (30,)), ("two", (4, 26))):
+        engine, batches = svi(), Minibatches(*data(), batch_size=6)
+        torch.manual_seed(1)
+        for size in sizes:
+            engine.run(size, batches)
+        found[name] = params()
+    for name, every, stops in (("often", 4, (30,)), ("seldom", 10, (30,)), ("resumed", 7, (14, 30))):
+        path = tmp_path / f"{name}.pt"
+        settings = {"checkpoint": path, "checkpoint_every": every, "seed": 5, "progress": False}
+        for stop in stops:
+            fit(svi(), num_steps=stop, batches=Minibatches(*data(), batch_size=6), **settings)
+        found[name] = params()
+    for first, second in (("one", "two"), ("often", "seldom"), ("often", "resumed")):
+        for key, value in found[first].items():
+            assert torch.equal(value, found[second][key]), (first, second, key)
+    assert not torch.equal(found["one"]["AutoNormal.locs.w"], found["often"]["AutoNormal.locs.w"])
+
+
+def test_minibatches_of_steps_that_were_not_taken_come_again(uncompiled):
+    x, y = data()
+    y = y.clone()
+    y[7] = torch.nan
+    batches = Minibatches(x, y, batch_size=10)
+    torch.manual_seed(1)
+    rows = batches.fresh().rows(6)
+    torch.manual_seed(1)
+    first = next(i for i, part in enumerate(rows) if 7 in part)
+    no_checks = pyro.validation_enabled(False)
+    with no_checks, pytest.raises(NonFiniteError, match=f"in step {first + 1} of 6"):
+        adam(CompiledSVI).run(6, batches)
+    assert torch.equal(batches.rows(6 - first - 1), rows[first + 1 :])
+
+
+def test_skipped_steps_are_counted_where_none_is_compiled():
+    x, y = data()
+    y = y.clone()
+    y[7] = torch.nan
+    found = {}
+    for kind, settings in ((SVI, {}), (CompiledSVI, {"fallback": "eager"})):
+        pyro.clear_param_store()
+        svi = kind(
+            model, AutoDelta(model, init_loc_fn=init_to_mean), pyro.optim.Rprop({"lr": 0.01}), IWAE_ELBO(1), **settings
+        )
+        with pyro.validation_enabled(False):
+            result = fit(
+                svi, num_steps=20, batches=Minibatches(x, y, batch_size=6), seed=1, progress=False, nonfinite="skip"
+            )
+        found[kind] = result.num_skipped, result.history["loss"], result.history["grad_norm"]
+    assert found[SVI][0] == found[CompiledSVI][0] > 1
+    np.testing.assert_array_equal(found[SVI][1], found[CompiledSVI][1])
+    np.testing.assert_array_equal(found[SVI][2], found[CompiledSVI][2])
 
 
 def test_without_a_graph_minibatches_are_taken_all_the_same():

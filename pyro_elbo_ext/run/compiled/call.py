@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,23 +27,25 @@ class Call:
 
     Attributes:
         minibatches: what each step takes its first arguments from, or None.
-        tensors: all tensors, whole data sets before other arguments.
     """
 
     def __init__(self, args: tuple, kwargs: dict) -> None:
         self.minibatches = args[0] if args and isinstance(args[0], Minibatches) else None
-        self._rest = (args[1:] if self.minibatches else args, kwargs)
+        self._rest = (args[1:] if self.minibatches else args, dict(sorted(kwargs.items())))
         self._flat, self._spec = pytree.tree_flatten(self._rest)
-        data = self.minibatches.tensors if self.minibatches else ()
-        self._num_data = len(data)
-        self.tensors = [v.contiguous() for v in (*data, *self._flat) if isinstance(v, Tensor)]
+        self._data = self.minibatches.tensors if self.minibatches else ()
+        self._num_data = len(self._data)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, contiguous, whole data sets before other arguments."""
+        return [value.contiguous() for value in (*self._data, *self._flat) if isinstance(value, Tensor)]
 
     @property
     def key(self) -> tuple:
         """What a compiled step depends on: not the values of tensors."""
         size = self.minibatches.batch_size if self.minibatches else None
-        whole = self.tensors[: self._num_data]
-        return tuple(map(_described, (*whole, *self._flat))), str(self._spec), self._num_data, size
+        return tuple(map(_described, (*self._data, *self._flat))), str(self._spec), self._num_data, size
 
     def check(self) -> None:
         """Refuse arguments that may change unseen.
@@ -50,7 +53,9 @@ class Call:
         Raises:
             CompileError: the type is named.
         """
-        for value in self._flat:
+        for value in (*self._data, *self._flat):
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise CompileError(f"an argument is a tensor of layout {value.layout}: give dense ones.")
             if not isinstance(value, (Tensor, *PLAIN)):
                 raise CompileError(
                     f"an argument is a {type(value).__name__}, of which a compiled step cannot tell whether it has "
@@ -85,6 +90,16 @@ class Call:
         """Return the next step's arguments."""
         args, kwargs = self._rest
         return (*(self.minibatches.take(self.minibatches.rows(1)[0]) if self.minibatches else ()), *args), kwargs
+
+    def sample(self) -> tuple[tuple, dict]:
+        """Return arguments for a look at the loss, which takes no minibatch from those of the steps."""
+        args, kwargs = self._rest
+        return (*(self.minibatches.sample() if self.minibatches else ()), *args), kwargs
+
+    def put_back(self, tables: list[Tensor], taken: int) -> None:
+        """Give back the minibatches of steps that were not taken."""
+        if self.minibatches is not None:
+            self.minibatches.put_back(tables[0][taken:])
 
     def tables(self, num: int) -> list[Tensor]:
         """Return what differs from step to step, each with one entry for each of so many steps."""

@@ -28,7 +28,7 @@ class LossGraph(NamedTuple):
     """A loss and its gradient.
 
     Attributes:
-        module: from parameters, the call's tensors, ``held`` and ``memory`` to loss, gradients and new memory.
+        module: from parameters, the call's values, ``held`` and ``memory`` to loss, gradients and new memory.
         leaves: the unconstrained parameters, by name, that the loss depends on.
         held: tensors that model and guide hold themselves, such as data in a closure: read anew in every call.
         memory: those that a step changes, such as running means and counters.
@@ -110,7 +110,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: Sequence
         raise CompileError("the parameters that the loss depends on change from run to run, which no graph can follow.")
     for eager, traced, name in zip(expected, found, what, strict=True):
         tolerance = 50 * torch.finfo(eager.dtype).eps
-        size = float(eager.abs().max()) if eager.numel() else 0.0
+        size = float(eager.abs().nan_to_num(0.0, 0.0).max()) if eager.numel() else 0.0
         if not torch.allclose(eager, traced, rtol=tolerance, atol=tolerance * size, equal_nan=True):
             raise CompileError(
                 f"from one random state {name} is {_short(eager)} and in the graph {_short(traced)}: model, guide or "

@@ -132,12 +132,24 @@ class _Loop(nn.Module):
 def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> Block:
     """Load the loop, or compile it for this process and others."""
     flat = [*inputs.tables, *inputs.given, *inputs.carried]
-    store, name = PackageStore(), fingerprint(step, flat, BLOCK, _described(_Loop.forward.__code__))
+    store, name = (
+        PackageStore(),
+        fingerprint(step, flat, BLOCK, len(inputs.tables), len(inputs.given), _described(_Loop.forward.__code__)),
+    )
     call = store.load(name)
-    if call is None:
-        say("compiling")
-        call = store.save(name, lambda path: _package(_Loop(step, len(inputs.tables), len(inputs.given)), flat, path))
+    if call is not None:
+        try:
+            block = _calling(call)
+            block(1, inputs)
+            return block
+        except RuntimeError:  # another's, or damaged: made anew in its place
+            logger.warning("a compiled loop in %s cannot be run, and is made anew", store.folder)
+    say("compiling")
+    loop = _Loop(step, len(inputs.tables), len(inputs.given))
+    return _calling(store.save(name, lambda path: _package(loop, flat, path)))
 
+
+def _calling(call: Callable[[list[Tensor]], list[Tensor]]) -> Block:
     def block(num: int, inputs: Inputs) -> Outcome:
         first = torch.tensor(num, device=inputs.carried[0].device)
         count, ok, losses, *carried = call([first, *inputs.tables, *inputs.given, *inputs.carried])
@@ -156,13 +168,14 @@ def _package(loop: nn.Module, example: Sequence[Tensor], path: Path) -> None:
     """Compile a module ahead of time."""
     from torch._inductor import aoti_compile_and_package, config  # imports for seconds
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    from torch._inductor.exc import CppCompileError, InductorError
 
     with torch.no_grad():
         exported = torch.export.export(loop, (torch.tensor(1, device=example[-1].device), *example), strict=False)
     with config.patch({"aot_inductor.metadata": {}}):  # which it writes to
         try:  # trusting the compiler with the CPU's vectors, which to try out takes seconds
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"cpp.vec_isa_ok": True})
-        except Exception:
+        except (CppCompileError, InductorError):
             valid_vec_isa_list.cache_clear()
             aoti_compile_and_package(exported, package_path=str(path))
 

@@ -13,7 +13,7 @@ from pyro_elbo_ext.natural.arguments import SCHEDULES
 from pyro_elbo_ext.natural.blocks import Block, Move, Rate, natural_step
 from pyro_elbo_ext.natural.ivon import Momentum, ivon_step
 from pyro_elbo_ext.natural.memory import STATISTICS, SiteMemory, add_up
-from pyro_elbo_ext.natural.retreat import no_trail
+from pyro_elbo_ext.natural.retreat import Trail, no_trail
 from pyro_elbo_ext.run.compiled.updates import TorchUpdate
 
 __all__ = ["NaturalUpdate"]
@@ -56,7 +56,12 @@ class NaturalUpdate:
         return self._settings == self._read_settings() and (self._inner is None or self._inner.is_current())
 
     def read(self) -> dict[str, Any]:
-        """Return the optimiser's state as it is now."""
+        """Return the optimiser's state as it is now.
+
+        Raises:
+            ValueError: within ``averaged()``.
+        """
+        self._optim.check_can_step()
         kept = {site: self._read_site(site, block) for site, block in self._blocks.items()}
         inner = () if self._inner is None else self._inner.read()
         return {"lr": self._number(self._optim.lr), "count": self._number(self._optim.num_steps)} | {
@@ -73,9 +78,7 @@ class NaturalUpdate:
         statistics = self._number(0.0).expand(len(STATISTICS)) if memory.statistics is None else memory.statistics
         state: dict[str, Any] = {"count": self._number(memory.num_steps), "statistics": statistics.clone()}
         if self._optim.ivon is None:
-            still = {argument: torch.zeros_like(leaf) for argument, leaf in leaves.items()}
-            begun = natural_step(block, leaves, still, lambda clock: clock, None)[2]
-            state["trail"] = no_trail(begun.natural, begun.fall) if memory.trail is None else memory.trail
+            state["trail"] = _begin(block, leaves) if memory.trail is None else memory.trail
         else:
             zero = torch.zeros_like(block.read(leaves)["loc"])
             state["momentum"] = Momentum(zero, zero.clone()) if memory.momentum is None else memory.momentum
@@ -85,9 +88,9 @@ class NaturalUpdate:
             state["num_averaged"] = self._number(memory.num_averaged)
         return state
 
-    def tables(self, num: int) -> list[Tensor]:
+    def tables(self, num: int, done: int) -> list[Tensor]:
         """Return the factors of a schedule that is the user's function."""
-        schedule, now = self._optim.schedule, self._optim.num_steps
+        schedule, now = self._optim.schedule, self._optim.num_steps + done
         if isinstance(schedule, str):
             return []
         return [torch.stack([self._number(schedule(now + i)) for i in range(num)])]
@@ -159,3 +162,10 @@ class NaturalUpdate:
                 memory.average, memory.num_averaged = kept["average"], round(kept["num_averaged"].item())
         if self._inner is not None:
             self._inner.write(state["inner"])
+
+
+def _begin(block: Block, leaves: Mapping[str, Tensor]) -> Trail:
+    """Return the trail of a site that took no step yet."""
+    still = {argument: torch.zeros_like(leaf) for argument, leaf in leaves.items()}
+    begun = natural_step(block, leaves, still, lambda clock: clock, None)[2]
+    return no_trail(begun.natural, begun.fall)

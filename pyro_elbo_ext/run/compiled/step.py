@@ -40,18 +40,17 @@ def pack(graph: LossGraph, state: Any) -> Carried:
     return (flat, *(part.clone() for part in (*pytree.tree_leaves(state), *graph.memory)))
 
 
-def unpack(graph: LossGraph, state: Any, carried: Carried) -> tuple[list[Tensor], Any, Carried]:
-    """Return the parameters, the optimiser's state, made like ``state``, and memory."""
+def unpack(graph: LossGraph, form: pytree.TreeSpec, carried: Carried) -> tuple[list[Tensor], Any, Carried]:
+    """Return the parameters, the optimiser's state, of such a form, and memory."""
     flat, *rest = carried
     leaves = list(graph.leaves.values())
     parts = flat.split([leaf.numel() for leaf in leaves])
-    spec = pytree.tree_structure(state)
-    own, memory = rest[: spec.num_leaves], tuple(rest[spec.num_leaves :])
+    own, memory = rest[: form.num_leaves], tuple(rest[form.num_leaves :])
     shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    return shaped, pytree.tree_unflatten(own, spec), memory
+    return shaped, pytree.tree_unflatten(own, form), memory
 
 
-def record_step(graph: LossGraph, update: Update, state: Any, inputs: Inputs) -> fx.GraphModule:
+def record_step(graph: LossGraph, update: Update, form: pytree.TreeSpec, inputs: Inputs) -> fx.GraphModule:
     """Take down one step.
 
     Returns:
@@ -59,12 +58,12 @@ def record_step(graph: LossGraph, update: Update, state: Any, inputs: Inputs) ->
         whether all is finite, and what is carried on. That stays as it is from the first step on that is not finite.
     """
     num_tables, num_given = len(inputs.tables), len(inputs.given)
-    num_own = len(update.tables(1))
+    num_own = len(update.tables(1, 0))
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
         entries, given = values[:num_tables], values[num_tables : num_tables + num_given]
         ok, *carried = values[num_tables + num_given :]
-        leaves, own, memory = unpack(graph, state, tuple(carried))
+        leaves, own, memory = unpack(graph, form, tuple(carried))
         rows, entries = entries[: num_tables - num_own], entries[num_tables - num_own :]
         loss, *found = graph.module(*leaves, *rows, *given, *memory)
         grad = torch.cat([part.reshape(-1) for part in found[: len(leaves)]])

@@ -15,13 +15,14 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pyro_elbo_ext.elbo.base import NonFiniteError, ParticleELBO
 from pyro_elbo_ext.natural import NaturalGradient
 from pyro_elbo_ext.run.buffers import module_buffers
 from pyro_elbo_ext.run.compiled.call import Call
 from pyro_elbo_ext.run.compiled.graph import LossGraph, record
-from pyro_elbo_ext.run.compiled.loop import BLOCK, Block, compile_block
+from pyro_elbo_ext.run.compiled.loop import BLOCK, Block, Outcome, compile_block
 from pyro_elbo_ext.run.compiled.mutation import CompileError
 from pyro_elbo_ext.run.compiled.natural import NaturalUpdate
 from pyro_elbo_ext.run.compiled.step import Carried, Inputs, pack, record_step, unpack
@@ -36,10 +37,15 @@ logger = logging.getLogger("pyro_elbo_ext")
 
 
 class Program(NamedTuple):
-    """A compiled step: its graph, the optimiser's part, the call, and how that runs."""
+    """A compiled step: its graph, the optimiser's part, the form of its state, the call, and how that runs.
+
+    ``layout`` is the form of what the call is given, which does not look at it itself; ``modes`` those of modules.
+    """
 
     graph: LossGraph
     update: Update
+    form: pytree.TreeSpec
+    layout: list[tuple]
     block: Block
     how: str
     modes: list[tuple]
@@ -58,10 +64,12 @@ class CompiledSVI(SVI):
     For every ELBO class of this package, running baselines included; Pyro's SGD, Adam, AdamW and ClippedAdam, alone or
     in a scheduler, with step sizes by parameter; and ``NaturalGradient``. :class:`~pyro_elbo_ext.Minibatches` as the
     first argument are gone through inside. Buffers of modules, such as batch norm's running means, are carried from
-    step to step. Random numbers come from the same distributions
-    as in eager steps, not from the same sequence. Pyro's validation is off inside. Numbers and tensors that model and
-    guide take from outside are those of the first call: what is to change must be an argument, or a tensor that changes
-    in place.
+    step to step. Random numbers come from the same distributions as in eager steps, not always from the same sequence.
+    Pyro's validation is off inside. Numbers and tensors that model and guide take from outside are those of the first
+    call: what is to change must be an argument, or a tensor that changes in place. A schedule of one's own for
+    ``NaturalGradient`` is asked for the next steps, up to 256, at once. Tensors that are not contiguous are copied in
+    every call. What was compiled is kept in ``$TORCHINDUCTOR_CACHE_DIR`` or else the user's cache folder, in
+    ``pyro_elbo_ext``.
 
     Args:
         model: as in ``pyro.infer.SVI``, like the next three.
@@ -134,57 +142,61 @@ class CompiledSVI(SVI):
         if num_steps < 1:
             raise ValueError(f"num_steps must be a positive integer, got {num_steps}")
         call = Call(args, kwargs)
-        program = self._program(call)
+        program, inputs = self._program(call)
         if program is None:
             self.how = "eager"
             return np.array([self._eager_step(call) for _ in range(num_steps)])
         self.how = program.how
-        given, carried = _given(call, program.graph), pack(program.graph, program.update.read())
         losses: list[Tensor] = []
-        left = num_steps
+        done = 0
         try:
-            while left:
-                num = min(left, BLOCK)
-                found = program.block(num, Inputs(_tables(call, program.update, num), given, carried))
-                carried = found.carried
+            while done < num_steps:
+                found = _take_block(program, call, inputs, done, min(num_steps - done, BLOCK))
+                inputs = inputs._replace(carried=found.carried)
                 losses.append(found.losses)
-                left -= len(found.losses)
+                done += len(found.losses)
                 if not found.ok:
                     raise NonFiniteError(
-                        f"loss {float(found.losses[-1])} in step {num_steps - left} of {num_steps}, or a gradient that "
+                        f"loss {float(found.losses[-1])} in step {done} of {num_steps}, or a gradient that "
                         "is not finite. Parameters are those before that step. Take smaller steps, or run one step by "
                         "pyro.infer.SVI, whose error names the site."
                     )
         finally:
-            _write(carried, program)
+            _write(inputs.carried, program)
         return torch.cat(losses).double().cpu().numpy()
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss in nats, of the next minibatch where there are such, without a step or a compiled graph."""
-        args, kwargs = Call(args, kwargs).next()
+        """Return the loss in nats, of a random minibatch where there are such, without a step or a compiled graph."""
+        args, kwargs = Call(args, kwargs).sample()
         return super().evaluate_loss(*args, **kwargs)
 
     def _eager_step(self, call: Call) -> float:
         args, kwargs = call.next()
         return super().step(*args, **kwargs)
 
-    def _program(self, call: Call) -> Program | None:
-        key = (call.key, self.model, self.guide, self.optim, _settings(self._elbo), bool(_PYRO_STACK))
+    def _program(self, call: Call) -> tuple[Program | None, Inputs]:
+        """Return the program for a call, compiled where there is none, and what it goes on from."""
+        nothing = Inputs((), (), ())
+        settings = _settings(self._elbo), bool(_PYRO_STACK), torch.get_default_dtype()
+        key = (call.key, self.model, self.guide, self.optim, *settings)
         known = self._programs.get(key, self)
         if known is None:
-            return None
+            return None, nothing
         if isinstance(known, Program) and self._still_fits(known):
-            return known
+            inputs = Inputs((), _given(call, known.graph), pack(known.graph, known.update.read()))
+            if _layout(inputs) == known.layout:
+                return known, inputs
         if self._programs:
             logger.warning("compiling another step: shapes, arguments, parameters or optimiser settings are new")
         try:
-            self._programs[key] = self._compile(call)
+            made = self._programs[key] = self._compile(call)
         except CompileError:
             if self.fallback == "raise":
                 raise
             logger.warning("steps are eager, for they cannot be compiled", exc_info=True)
             self._programs[key] = None
-        return self._programs[key]
+            return None, nothing
+        return made, Inputs((), _given(call, made.graph), pack(made.graph, made.update.read()))
 
     def _still_fits(self, program: Program) -> bool:
         store = pyro.get_param_store()._params
@@ -206,18 +218,21 @@ class CompiledSVI(SVI):
         say("taking down the step")
         graph = record(self._elbo, self.model, self.guide, leaves, self._buffers(), call)
         update = self._make_update(graph, call)
-        state, tables = update.read(), tuple(_blank(table) for table in (*call.example_tables(), *update.tables(1)))
+        state = update.read()
+        form = pytree.tree_structure(state)
+        tables = tuple(_blank(table) for table in (*call.example_tables(), *update.tables(1, 0)))
         inputs = Inputs(tables, _given(call, graph), pack(graph, state))
-        step = record_step(graph, update, state, inputs)
+        step = record_step(graph, update, form, inputs)
         with forked_rng():
             block, how = compile_block(step, inputs, say)
-        return Program(graph, update, block, how, _modes(called))
+        return Program(graph, update, form, _layout(inputs), block, how, _modes(called))
 
     def _make_update(self, graph: LossGraph, call: Call) -> Update:
+        if isinstance(self.optim, NaturalGradient):
+            args, kwargs = call.example()
+            self.optim.look(graph.leaves, self, args, kwargs)
         try:
             if isinstance(self.optim, NaturalGradient):
-                args, kwargs = call.example()
-                self.optim.look(graph.leaves, self, args, kwargs)
                 return NaturalUpdate(self.optim, graph.leaves)
             return TorchUpdate(self.optim, graph.leaves)
         except ValueError as error:
@@ -291,17 +306,31 @@ def _apart(values: list[Tensor]) -> list[Tensor]:
 
 
 def _given(call: Call, graph: LossGraph) -> tuple[Tensor, ...]:
-    return tuple(_apart([*call.tensors, *graph.held]))
+    return tuple(_apart([*call.tensors, *(value.contiguous() for value in graph.held)]))
 
 
-def _tables(call: Call, update: Update, num: int) -> tuple[Tensor, ...]:
-    """Return what each of the next steps is told, of a block's full length, the rest of which is not looked at."""
-    found = []
-    for table in (*call.tables(num), *update.tables(num)):
-        whole = _blank(table)
-        whole[:num] = table
-        found.append(whole)
-    return tuple(found)
+def _layout(inputs: Inputs) -> list[tuple]:
+    """Return the form of what a compiled call takes as it comes, without a look at it."""
+    return [(part.shape, part.stride(), part.dtype, part.device) for part in (*inputs.given, *inputs.carried)]
+
+
+def _take_block(program: Program, call: Call, inputs: Inputs, done: int, num: int) -> Outcome:
+    """Take some steps, before which ``done`` were taken since the optimiser's state was written."""
+    rows, taken = call.tables(num), 0
+    try:
+        tables = tuple(_whole(table) for table in (*rows, *program.update.tables(num, done)))
+        found = program.block(num, inputs._replace(tables=tables))
+        taken = len(found.losses)
+        return found
+    finally:
+        call.put_back(rows, taken)
+
+
+def _whole(table: Tensor) -> Tensor:
+    """Return a table of a block's full length, the rest of which is not looked at."""
+    whole = _blank(table)
+    whole[: len(table)] = table
+    return whole
 
 
 def _blank(table: Tensor) -> Tensor:
@@ -312,7 +341,7 @@ def _blank(table: Tensor) -> Tensor:
 def _write(carried: Carried, program: Program) -> None:
     """Put a result where eager code looks for it."""
     graph = program.graph
-    values, state, memory = unpack(graph, program.update.read(), carried)
+    values, state, memory = unpack(graph, program.form, carried)
     for leaf, value in zip(graph.leaves.values(), values, strict=True):
         leaf.copy_(value)
     for kept, value in zip(graph.memory, memory, strict=True):

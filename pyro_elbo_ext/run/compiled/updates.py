@@ -103,8 +103,8 @@ class Update(Protocol):
     def read(self) -> Any:
         """Return the optimiser's state as it is now."""
 
-    def tables(self, num: int) -> list[Tensor]:
-        """Return what the next steps are told one by one, each with one entry for each of so many."""
+    def tables(self, num: int, done: int) -> list[Tensor]:
+        """Return what steps are told one by one, an entry for each of so many after ``done`` since the last write."""
 
     def step(self, state: Any, flat: Tensor, grad: Tensor, entries: Sequence[Tensor] = ()) -> tuple[Tensor, Any]:
         """Return coordinates and state after a step, given its entries of the tables: pure tensor code."""
@@ -162,7 +162,7 @@ class TorchUpdate:
                 return False
         return True
 
-    def tables(self, num: int) -> list[Tensor]:
+    def tables(self, num: int, done: int) -> list[Tensor]:
         """Nothing: step sizes are part of the state, and schedulers are stepped outside."""
         return []
 
