@@ -53,7 +53,7 @@ EXACT = {
 REFUSES_BITS = {"pathwise", "dreg", "stl", "mean-field", "wake-sleep, dreg"}  # by name, as their tests show
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "looped" else n for n in EXACT])
 def test_this_package_conforms(name):
     make, claims = EXACT[name]
     checks = conformance(make, **claims, size=0.1)
@@ -129,6 +129,7 @@ def test_the_suite_leaves_no_trace():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_from_a_shell(capsys):
     for name in ("IWAE_ELBO", "ScoreFunction_ELBO"):
         assert main([f"pyro_elbo_ext:{name}"]) == 0
@@ -139,10 +140,14 @@ def test_from_a_shell(capsys):
     assert "n/a" in printed and "FAIL" not in printed
     assert main(["pyro.infer:RenyiELBO"]) == 1
     assert "FAIL" in capsys.readouterr().out
-    for bad in ([], ["pyro_elbo_ext"], ["no_such_module:X"], ["pyro_elbo_ext:No"]):
-        assert main(bad) == 2
 
 
+@pytest.mark.parametrize("bad", [[], ["pyro_elbo_ext"], ["no_such_module:X"], ["pyro_elbo_ext:No"]])
+def test_what_a_shell_gives_that_is_no_class_is_refused(bad):
+    assert main(bad) == 2
+
+
+@pytest.mark.slow
 def test_linear_vae_reaches_the_closed_form_optimum():
     """The best bound is the log-likelihood of probabilistic PCA; a step that does nothing is more than a nat off."""
     torch.manual_seed(0)

@@ -229,7 +229,9 @@ def test_a_gaussian_posterior_is_found_exactly():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: AutoPlatedFlow(global_model), lambda: AutoFlow(global_model)], ids=["plated", "joint"]
+    "make",
+    [pytest.param(lambda: AutoPlatedFlow(global_model), marks=pytest.mark.slow), lambda: AutoFlow(global_model)],
+    ids=["plated", "joint"],
 )
 def test_stl_and_dreg_agree_with_the_total_derivative(make):
     guide = make()

@@ -54,8 +54,11 @@ def test_a_density_on_the_line_integrates_to_one(kind, context):
     assert abs(float(total) - 1) < 1e-6
 
 
+OF_COUPLING = pytest.param("coupling", marks=pytest.mark.slow)  # where the like of it is tested with another flow
+
+
 @pytest.mark.parametrize("base", ["normal", "mixture"])
-@pytest.mark.parametrize("kind", ["iaf", "coupling"])  # a spline's kinks would need a finer grid
+@pytest.mark.parametrize("kind", ["iaf", OF_COUPLING])  # a spline's kinks would need a finer grid
 def test_a_density_in_the_plane_integrates_to_one(kind, base):
     flow = bent(kind, 2, 1, amount=0.05, base=base)
     fn = FlowDistribution(flow, given(1))
@@ -153,7 +156,7 @@ def worst_z(one, other):
     return float(((one.mean(0) - other.mean(0)).abs() / error.clamp_min(1e-12)).max().detach())
 
 
-@pytest.mark.parametrize("kind", ["iaf", "coupling"])
+@pytest.mark.parametrize("kind", ["iaf", OF_COUPLING])
 @pytest.mark.parametrize(
     "make",
     [lambda g: VRIWAE_ELBO(1.0, 64, gradient=g), lambda g: IWAE_ELBO(4, gradient=g)],
@@ -252,7 +255,7 @@ def mean_and_error(loss, model, guide, calls=40):
     "loss, bound",
     [
         (Trace_ELBO(8, vectorize_particles=True, max_plate_nesting=0), VRIWAE_ELBO(1.0, 400)),
-        (IWAE_ELBO(8, gradient="dreg", nonfinite="drop"), IWAE_ELBO(8)),
+        pytest.param(IWAE_ELBO(8, gradient="dreg", nonfinite="drop"), IWAE_ELBO(8), marks=pytest.mark.slow),
     ],
     ids=["pyro", "iwae"],
 )

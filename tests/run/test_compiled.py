@@ -1,6 +1,5 @@
 import copy
 import io
-import logging
 import os
 import time
 import warnings
@@ -143,8 +142,17 @@ def test_with_noise_it_reaches_the_posterior_and_takes_other_data_of_one_shape(c
         assert svi.evaluate_loss(x) == pytest.approx(-float(evidence), abs=0.05)
         assert len(set(losses[:100])) == 100  # other noise in every step
     assert not [record for record in caplog.records if record.name == "pyro_elbo_ext"]
-    with caplog.at_level(logging.WARNING, "pyro_elbo_ext"):
-        svi.step(torch.randn(4)), svi.step(torch.randn(4))
+
+
+def test_another_shape_is_compiled_and_said_once(uncompiled, caplog):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.02}), IWAE_ELBO(8, "stl"))
+    for length in (15, 15, 4, 4, 15):
+        svi.step(torch.randn(length))
     assert [record.message for record in caplog.records if record.name == "pyro_elbo_ext"] == [
         "compiling another step: shapes, arguments, parameters or optimiser settings are new"
     ]
