@@ -35,11 +35,11 @@ ELBOS = {
     "vimco": lambda: IWAE_ELBO(4, "vimco"),
 }
 OPTIMISERS = {
-    "sgd": lambda: pyro.optim.SGD({"lr": 1e-3, "momentum": 0.5}),
-    "adam": lambda: pyro.optim.Adam(lambda name: {"lr": 0.02 if "scale" in name else 0.03}),
-    "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995}),
+    "sgd": lambda: pyro.optim.SGD({"lr": 2e-4, "momentum": 0.5}),
+    "adam": lambda: pyro.optim.Adam(lambda name: {"lr": 0.01 if "scale" in name else 0.005}),
+    "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.995}),
     "scheduled": lambda: pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.9}
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
     ),
     "natural": lambda: NaturalGradient(lr=0.3, retreat=20),
 }

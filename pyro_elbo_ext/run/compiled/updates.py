@@ -207,6 +207,7 @@ class TorchUpdate:
         for i, (own, p) in enumerate(zip(self._own, self._leaves, strict=True)):
             if self._kind.step is _clipped_adam:
                 own.param_groups[0]["lr"] = rates[i]
+            own._opt_called = True  # type: ignore[attr-defined]  # for schedulers, which else warn of steps before it
             kept = own.state[p]
             for slot, parts in zip(self._slots, slots, strict=True):
                 kept[slot] = parts[i].view(p.shape)
