@@ -35,13 +35,13 @@ ELBOS = {
     "vimco": lambda: IWAE_ELBO(4, "vimco"),
 }
 OPTIMISERS = {
-    "sgd": lambda: pyro.optim.SGD({"lr": 2e-4, "momentum": 0.5}),
+    "sgd": lambda: pyro.optim.SGD({"lr": 2e-5, "momentum": 0.5}),
     "adam": lambda: pyro.optim.Adam(lambda name: {"lr": 0.01 if "scale" in name else 0.005}),
     "clipped": lambda: pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.995}),
     "scheduled": lambda: pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.9}
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.003}, "gamma": 0.9}
     ),
-    "natural": lambda: NaturalGradient(lr=0.3, retreat=20),
+    "natural": lambda: NaturalGradient(lr=0.05, retreat=20),
 }
 
 
