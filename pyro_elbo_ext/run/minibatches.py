@@ -46,7 +46,7 @@ class Minibatches:
             raise ValueError(f"batch_size must be a whole number from 1 to {self.num_rows}, got {batch_size!r}")
         self.tensors = tensors
         self.generator: torch.Generator | None = None
-        self._left = torch.empty(0, batch_size, dtype=torch.int64, device="cpu")  # of the present epoch
+        self._left = torch.empty(0, self.batch_size, dtype=torch.int64, device="cpu")  # of the present epoch
 
     def __len__(self) -> int:
         return self.num_rows // self.batch_size

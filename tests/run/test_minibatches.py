@@ -56,6 +56,11 @@ def test_rows_go_on_from_epoch_to_epoch():
     assert torch.equal(batches.at(whole[:2]).rows(2), whole[:2])
 
 
+@pytest.mark.parametrize("size", [np.int64(2), 2.0])
+def test_a_whole_number_may_be_of_another_type(size):
+    assert Minibatches(torch.arange(6), batch_size=size).rows(4).shape == (4, 2)
+
+
 BAD = {
     "nothing": ((), 1, "got none"),
     "lengths": ((torch.ones(3), torch.ones(4)), 1, r"got \(3,\), \(4,\)"),

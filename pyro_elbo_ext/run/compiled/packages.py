@@ -122,7 +122,7 @@ def _prune(folder: Path) -> None:
 
 
 def _loaded(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Load a package by torch's own loader, without the seconds that importing its compiler takes."""
+    """Load a package by torch's own loader, which imports nothing, unlike what torch wraps around it."""
     if not path.is_file():
         raise FileNotFoundError(path)
     from torch._C import _aoti  # private, and what torch._inductor.aoti_load_package calls
