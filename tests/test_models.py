@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyro_elbo_ext import IWAE_ELBO
-from tests.model_files import FOLDER, HELPERS, MODELS, NAMES, quick_run
+from tests.model_files import FOLDER, HELPERS, MODELS, NAMES, quick_run, refusal
 
 datasets, bound = HELPERS["datasets"], HELPERS["report"].bound
 vae, sigmoid_belief_network, gaussian_mixture = (
@@ -44,16 +44,6 @@ def test_every_quick_run_ends_without_a_word_on_stderr(name, tmp_path):
     done = subprocess.run(script, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / f"{name}.png").exists()
-
-
-def refusal(name, folder, capsys, *options):
-    """The line that a model refuses options with."""
-    with pytest.raises(SystemExit) as exit:
-        MODELS[name].main(["--quick", "--output", str(folder / "out"), *options])
-    printed, errors = capsys.readouterr()
-    assert (exit.value.code, printed, errors.count("\n")) == (2, "", 1)
-    assert not (folder / "out").exists()
-    return errors
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_elbo_ext.diagnostics import posterior_draws
-from tests.model_files import MODELS
+from tests.model_files import MODELS, hold_to_weighted_prior_draws, refusal
 
 radon = MODELS["radon"]
 
@@ -66,15 +65,7 @@ def test_given_the_deviations_all_is_as_in_one_dense_gaussian():
 
 def test_evidence_and_moments_are_those_of_weighted_prior_draws():
     data = radon.arrange(houses(), "cpu")
-    exact, prior = radon.integrate(data), poutine.block(data.model, hide=["y"])
-    draws = posterior_draws(data.model, prior, num_samples=200_000, chunk_size=50_000)
-    w = (draws.log_weight - exact.log_evidence).exp()
-    assert abs(w.mean() - 1) < 4 * w.std() / math.sqrt(len(w))
-    for site, (mean, sd) in exact.moments.items():
-        off = (draws.values[site].reshape(len(w), -1) - mean) / sd
-        for power, expected in ((1, 0.0), (2, 1.0)):
-            terms = w[:, None] * (off**power - expected)
-            assert (terms.mean(0).abs() < 4 * terms.std(0) / math.sqrt(len(w))).all()
+    hold_to_weighted_prior_draws(data.model, radon.integrate(data))
 
 
 def test_quadrature_has_converged_and_finds_what_made_the_data():
@@ -191,9 +182,4 @@ BAD = {
 def test_wrong_input_is_refused_in_one_line(case, tmp_path, capsys):
     bad_files(tmp_path)
     arguments, message = BAD[case]
-    with pytest.raises(SystemExit) as exit:
-        radon.main(["--quick", "--output", str(tmp_path / "out"), *(a.format(tmp_path) for a in arguments)])
-    printed, errors = capsys.readouterr()
-    assert (exit.value.code, printed, errors.count("\n")) == (2, "", 1)
-    assert message in errors
-    assert not (tmp_path / "out").exists()
+    assert message in refusal("radon", tmp_path, capsys, *(a.format(tmp_path) for a in arguments))
