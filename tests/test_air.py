@@ -177,6 +177,7 @@ def test_quick_run_reports_what_it_prints(tmp_path, capsys):
         assert sum(found[count][count] for count in range(3)) == 4 * row["plain"]
 
 
+@pytest.mark.convergence
 def test_learns_to_paint_digits():
     settings = {"seed": 0, "canvases": 400, "test_canvases": 20, "device": "cpu", "objects": 2, "latent": 4}
     settings |= {"hidden": 32, "batch_size": 32, "num_particles": 2, "lr": 4e-3}

@@ -100,6 +100,7 @@ def schools_moments():
 # Exact answers
 
 
+@pytest.mark.convergence
 def test_a_gaussian_posterior_is_exact_whatever_its_scales():
     model, mean, covariance, evidence = regression()
     result = autofit(model, seed=0, **QUICK)
@@ -125,6 +126,7 @@ def test_moments_by_stein_are_exact_on_a_gaussian():
     assert torch.allclose(factor @ factor.T, target.covariance_matrix, atol=1e-9)
 
 
+@pytest.mark.convergence
 def test_a_hierarchy_has_the_moments_of_quadrature():
     result = autofit(schools, seed=1, num_samples=4000, num_steps=40)
     assert result.trusted
@@ -319,6 +321,7 @@ def test_sites_have_their_own_shapes_and_deterministic_ones_come_along():
     assert torch.allclose(draws["b"], draws["a"] * draws["w"][:, None, :1])
 
 
+@pytest.mark.convergence
 def test_single_precision_is_enough_for_easy_posteriors():
     torch.set_default_dtype(torch.float32)
     model, mean, covariance, _ = regression(columns=(1.0, 2.0, 0.5))
@@ -328,6 +331,7 @@ def test_single_precision_is_enough_for_easy_posteriors():
     assert ((draws.mean(0) - mean).abs() / covariance.diagonal().sqrt() < 0.1).all()
 
 
+@pytest.mark.convergence
 def test_a_learned_parameter_is_held():
     def model():
         loc = pyro.param("loc", torch.tensor(0.0))

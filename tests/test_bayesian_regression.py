@@ -58,6 +58,7 @@ def test_same_seed_same_numbers(tmp_path):
     assert first == second
 
 
+@pytest.mark.convergence
 def test_natural_gradients_learn_and_nothing_learns_without_steps(tmp_path):
     runs = [quick_run("bayesian_regression", tmp_path / n, "--natural-steps", n, "--steps", "1") for n in ("1", "20")]
     bounds = [{row["objective"]: row["bound"] for row in run["table"]} for run in runs]
@@ -67,6 +68,7 @@ def test_natural_gradients_learn_and_nothing_learns_without_steps(tmp_path):
     assert all(found[titles["adam"]] < -200 for found in bounds)
 
 
+@pytest.mark.convergence
 def test_adam_learns(tmp_path):
     rows = [
         quick_run("bayesian_regression", tmp_path / n, "--steps", n, "--elbo", "adam")["table"][0] for n in ("1", "400")
@@ -75,6 +77,7 @@ def test_adam_learns(tmp_path):
     assert [row["test"] > -0.2 for row in rows] == [False, True]  # -0.9 before, -0.13 after
 
 
+@pytest.mark.convergence
 def test_one_step_is_exact_in_the_linear_model(tmp_path):
     result = quick_run("bayesian_regression", tmp_path, "--family", "linear", "--natural-steps", "1", "--steps", "1")
     kl = result["kl_after_one_step"]
@@ -83,6 +86,7 @@ def test_one_step_is_exact_in_the_linear_model(tmp_path):
     assert [row["kl"] for row in result["table"]] == list(kl.values())
 
 
+@pytest.mark.convergence
 def test_one_newton_step_is_the_best_mean_field_guide_in_the_linear_model():
     regression = bayesian_regression.load("linear", 0, "cpu")
     q = bayesian_regression.train("natural-mf", regression, settings()).q

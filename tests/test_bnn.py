@@ -34,6 +34,7 @@ def write_folder(folder, rows=40):
     return table
 
 
+@pytest.mark.convergence
 @pytest.mark.slow
 def test_quick_run(tmp_path, capsys):
     result = quick_run("bnn", tmp_path)
@@ -50,6 +51,7 @@ def test_quick_run(tmp_path, capsys):
     assert [value > -5.6 for value in values] == [False] * 2 + [True] * 2  # nats per row: below -6 before, -5.4 after
 
 
+@pytest.mark.convergence
 @pytest.mark.slow
 def test_ivon_mode_learns_at_least_as_well_as_adam_in_few_steps(tmp_path):
     write_folder(tmp_path / "line")

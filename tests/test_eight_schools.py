@@ -75,6 +75,7 @@ def test_objectives_are_what_their_titles_say(name, schools):
         assert set(guide.centering_weights) == (set() if name == "centred" else {"theta"})
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("name", ["flow-stl", "plated"])
 def test_trained_flows_come_near(name, schools):
     exact = eight_schools.integrate(schools)

@@ -32,6 +32,7 @@ def settings(**changed):
     return Namespace(**({"seed": 0, "steps": 300, "lr": 1e-2, "device": "cpu"} | tiny | changed))
 
 
+@pytest.mark.convergence
 @pytest.mark.slow
 def test_flow_vae_learns_more_than_the_frequency_of_each_pixel():
     data = HELPERS["datasets"].load_data(None, 0)

@@ -172,6 +172,7 @@ def test_samples_of_a_row_share_their_top_layer():
     assert images[:, 0].std(0).max() > 1e-4
 
 
+@pytest.mark.convergence
 def test_it_learns_in_both_layers():
     data = digits(150)
     pixels = dist.Bernoulli(data.train.mean(0).clamp(0.01, 0.99)).log_prob(data.test).sum(-1).mean()

@@ -17,6 +17,7 @@ lda = MODELS["lda"]
 pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
+@pytest.mark.convergence
 def test_quick_run_and_natural_steps_learn_in_a_fifth_of_the_passes(tmp_path, capsys):
     result = quick_run("lda", tmp_path)
     printed, errors = capsys.readouterr()
@@ -80,6 +81,7 @@ def test_minibatches_have_the_bound_of_all_documents():
     assert np.mean(parts) == pytest.approx(whole, rel=0.02)
 
 
+@pytest.mark.convergence
 def test_diverged_runs_are_shown_as_such(tmp_path, capsys):
     adam, natural = quick_run("lda", tmp_path, "--adam-lr", "1e30", "--passes", "2")["table"]
     assert math.isnan(adam["bound"][-1])

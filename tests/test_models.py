@@ -72,6 +72,7 @@ def binary(images):
     return torch.as_tensor(images.reshape(len(images), -1) / images.max() >= 0.5).to(torch.get_default_dtype())
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("batching", ["plate", pytest.param("loader", marks=pytest.mark.slow)])
 def test_vae_quick_run(batching, tmp_path, capsys):
     torch.set_num_threads(2)
@@ -138,6 +139,7 @@ def pixel_frequencies_bound():
     return dist.Bernoulli(data.train.mean(0).clamp(0.01, 0.99)).log_prob(data.test).sum(-1).mean().item()
 
 
+@pytest.mark.convergence
 def test_belief_network_quick_run(tmp_path, capsys):
     result = quick_run("sigmoid_belief_network", tmp_path)
     printed, errors = capsys.readouterr()
@@ -181,6 +183,7 @@ def test_belief_network_weights_average_to_the_evidence():
     assert ((weights.mean(0) - evidence).abs() < 4 * weights.std(0) / math.sqrt(len(weights))).all()
 
 
+@pytest.mark.convergence
 def test_mixture_quick_run(tmp_path, capsys):
     result = quick_run("gaussian_mixture", tmp_path)
     printed, errors = capsys.readouterr()
@@ -196,6 +199,7 @@ def test_mixture_quick_run(tmp_path, capsys):
     assert [value > -80 for value in bounds] == [False] * 2 + [True] * 8  # nats: about -130 before, -10 to -50 after
 
 
+@pytest.mark.convergence
 def test_wake_sleep_learns_the_prior_of_the_mixture(tmp_path):
     options = ("--elbo", "rws", "--particles", "20", "--steps")
     rows = [quick_run("gaussian_mixture", tmp_path / n, *options, n)["table"][0] for n in ("1", "800")]

@@ -108,6 +108,7 @@ def test_losses_estimate_bounds_below_the_evidence(name):
         assert abs(whole.mean() - parts.mean()) < 4 * error
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize(("name", "near"), [("normal-local", 10.0), ("plated-batch", 3.0)])
 def test_trained_guides_come_near(name, near):
     data = radon.arrange(houses((4, 6, 9, 12, 5, 7)), "cpu")

@@ -39,6 +39,7 @@ def test_example_prints_what_it_says(name, printed_by):
         assert float(value) == pytest.approx(float(printed), abs=tolerance)
 
 
+@pytest.mark.convergence
 def test_natural_gradients_print_what_they_say(printed_by):
     printed = re.compile(r"^(\w+) +after +(\d+) steps +(-[\d.]+) nats$", flags=re.M)
     out = printed_by(3)
@@ -58,6 +59,7 @@ def test_flow_guides_print_what_they_say(printed_by):
         assert float(found[name]) == pytest.approx(float(expected[name]), abs=0.1)
 
 
+@pytest.mark.convergence
 def test_a_fit_is_judged_and_kept_as_it_says(printed_by):
     out = printed_by(5)
     said = re.findall(r"^mu +(-?[\d.]+) +([\d.]+)", README, flags=re.M)[0]
@@ -75,6 +77,7 @@ def test_one_call_is_trusted(printed_by):
     assert float(namespace["draws"]["mu"].mean()) == pytest.approx(4.4, abs=0.5)
 
 
+@pytest.mark.convergence
 def test_compiled_steps_train(printed_by):
     namespace = {}
     printed = re.findall(r"^(\w+) +\d+ microseconds a step$", printed_by(7, namespace), flags=re.M)

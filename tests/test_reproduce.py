@@ -141,6 +141,7 @@ def test_a_run_prints_and_writes_every_entry(folder, capsys):
     assert all(record["gain"] == 0 for record in records if record["entry"].startswith("Pyro"))
 
 
+@pytest.mark.convergence
 def test_training_learns(folder):
     row = reproduce.ROWS["vae"]
     images = reproduce.load(folder, row.setup, 10, "cpu")

@@ -119,6 +119,7 @@ def test_guide_reads_backwards():
     assert changed.tolist() == [True] * 3 + [False] * 3
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize(("name", "near"), [("stl", 0.4), ("flow", 2.0)])
 def test_trained_guides_come_near_on_series_they_have_not_seen(name, near):
     y, test = state_space.simulate(pair(), 220, 6, 1).split([200, 20])

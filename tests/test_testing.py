@@ -147,6 +147,7 @@ def test_what_a_shell_gives_that_is_no_class_is_refused(bad):
     assert main(bad) == 2
 
 
+@pytest.mark.convergence
 @pytest.mark.slow
 def test_linear_vae_reaches_the_closed_form_optimum():
     """The best bound is the log-likelihood of probabilistic PCA; a step that does nothing is more than a nat off."""

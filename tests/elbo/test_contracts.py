@@ -151,6 +151,7 @@ def check_equal_to_trace_elbo(name, model, guide, *args, **kwargs):
     return elbo
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("name", [name for name in ELBOS if name != "iwae-stl"])
 def test_training_reaches_the_evidence(name):
     """The guide can hold the posterior, where every bound is the evidence; a step that does nothing stays 1.7 below."""

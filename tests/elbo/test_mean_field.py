@@ -124,6 +124,7 @@ def test_masks(shared):
     assert terms.kl["z"] == pytest.approx(6, abs=1e-9 if shared else 0.1)
 
 
+@pytest.mark.convergence
 def test_training_a_minibatch_reaches_the_optimum():
     """The KL is all there is, so the optimum is the prior; from m = 2 a step that does nothing stays there."""
     svi = SVI(scaled_model, scaled_guide, pyro.optim.Adam({"lr": 0.05}), loss=MeanField_ELBO())

@@ -446,6 +446,7 @@ class OwnBaseline(Baseline):
         return self.net(self.inputs(site)).squeeze(-1)
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("kind", ["neural", "nvil", "pyro", "own"])
 def test_a_network_learns_the_cost(kind):
     """Trained by SVI's own optimiser; the network ends near the cost, and the spread of the gradient falls."""
@@ -604,6 +605,7 @@ def test_it_explains_itself():
     assert (flat.gradient, flat.baseline) == ("double-cv", "")
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("baseline", ["leave-one-out", "running-mean", "nvil"])
 def test_training_finds_the_posterior(baseline):
     """Bits with a known posterior, reached where a step that does nothing is 1.2 nats a bit below."""

@@ -163,6 +163,7 @@ def test_relaxed_noise_agrees_with_the_bit():
         torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("kind", [REBAR, RELAX])
 def test_the_control_variate_is_trained_on_the_spread(kind):
     """By SVI's own optimiser; the guide's and the model's parameters stand still meanwhile."""

@@ -194,6 +194,7 @@ def test_a_particle_that_fails_below_does_not_reach_the_centring_weights(make):
     assert float(guide.centering.detach().abs()) > 0
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_a_prior_is_fitted_exactly(make):
     """The funnel of a hierarchy without data: non-centred, a Gaussian is exact; centred it is 1 nat away."""
@@ -216,6 +217,7 @@ def test_a_prior_is_fitted_exactly(make):
 # Exactness
 
 
+@pytest.mark.convergence
 def test_a_gaussian_posterior_is_found_exactly():
     pyro.set_rng_seed(0)
     guide = AutoFlow(global_model, affine="tril", noncenter=False)
@@ -376,6 +378,7 @@ def test_a_minibatch_has_the_full_batches_expectation():
     assert abs(full - part) < 4 * (error + other) ** 0.5
 
 
+@pytest.mark.convergence
 def test_local_latents_have_a_weight_for_each_row():
     guide = AutoPlatedFlow(local_model, create_plates=rows)
     loss = IWAE_ELBO(8)

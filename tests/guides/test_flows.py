@@ -251,6 +251,7 @@ def mean_and_error(loss, model, guide, calls=40):
     return float(values.mean()), float(values.std()) / calls**0.5
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize(
     "loss, bound",
     [

@@ -206,6 +206,7 @@ def test_median_and_quantiles_have_the_sites_shapes():
         assert all((value[0] < value[1]).all() and (value[1] < value[2]).all() for value in quantiles.values())
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("source", ["normal", "laplace", "guide"])
 def test_a_warm_start_is_the_gaussian(source):
     def model():
@@ -270,6 +271,7 @@ def test_plates_may_be_called_anything(name):
     assert AutoPlatedFlow(model)()["z"].shape == (3,)
 
 
+@pytest.mark.convergence
 def test_discrete_sites_are_left_to_enumeration():
     def model():
         p = pyro.sample("p", dist.Beta(torch.tensor(1.0), 1.0))
@@ -287,6 +289,7 @@ def test_discrete_sites_are_left_to_enumeration():
     assert sum(svi.step() for _ in range(20)) < first
 
 
+@pytest.mark.convergence
 def test_zuko_flows_and_flows_of_ones_own():
     zuko = import_zuko()
     torch_dtype = torch.get_default_dtype()
@@ -304,6 +307,7 @@ def test_zuko_flows_and_flows_of_ones_own():
         assert sum(svi.step() for _ in range(10)) < first
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("base", ["studentt", "mixture"])
 @pytest.mark.parametrize("flow", ["iaf", "coupling", "spline"])
 def test_every_flow_and_base_trains(flow, base):

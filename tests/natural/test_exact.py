@@ -193,6 +193,7 @@ CASES = {
 }
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_one_step(case, dtype):
@@ -236,6 +237,7 @@ FULL = {
 }
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("loss", FULL)
 def test_linear_regression_full_rank(loss, dtype):
@@ -257,6 +259,7 @@ MEAN_FIELD = {
 }
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("auto", [AutoNormal, AutoDiagonalNormal])
 @pytest.mark.parametrize("loss", MEAN_FIELD)
 def test_linear_regression_mean_field_on_an_orthogonal_design(loss, auto):
@@ -286,6 +289,7 @@ def test_full_steps_of_a_mean_field_guide_diverge_on_a_correlated_design():
     assert errors[-1] > 10 * errors[2]
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("settings", [{"max_kl": 0.5, "retreat": 0}, {}], ids=["radius", "retreat"])
 def test_radius_and_retreat_hold_them(settings):
     errors, report = mean_field_path(80, Price_ELBO(1), **settings)
@@ -295,6 +299,7 @@ def test_radius_and_retreat_hold_them(settings):
         assert report.blocks["w_unconstrained"].retreats > 2
 
 
+@pytest.mark.convergence
 def test_newton_needs_neither():
     errors, _ = mean_field_path(2, ScoreRegression_ELBO(20, direction="newton"), retreat=0)
     assert errors[-1] < 1e-8

@@ -183,6 +183,7 @@ def sliced_guide(rows=None):
         pyro.sample("z", dist.Normal(loc, scale))
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("guide", [indexed_guide, sliced_guide], ids=["by index", "by plate"])
 @pytest.mark.parametrize("loss", EXACT)
 def test_rows_of_a_minibatch_are_exact_when_they_are_met(guide, loss):
@@ -201,6 +202,7 @@ def test_rows_of_a_minibatch_are_exact_when_they_are_met(guide, loss):
         assert (scale[~met] == torch.tensor(0.4).log().exp()).all()
 
 
+@pytest.mark.convergence
 def test_a_parameter_shared_by_a_subsampled_plate_takes_one_step():
     """One mean and scale for all rows: their Fisher information is that of all N rows, of which a batch stands for."""
 
@@ -225,6 +227,7 @@ def masked(fn, keep):
     return run
 
 
+@pytest.mark.convergence
 def test_found_on_the_full_batch_then_given_minibatches():
     optim = NaturalGradient()
     svi = SVI(local_model, indexed_guide, optim, ScoreRegression_ELBO(5))
@@ -234,6 +237,7 @@ def test_found_on_the_full_batch_then_given_minibatches():
     torch.testing.assert_close(pyro.param("loc").detach(), torch.linspace(-2.0, 3.0, NUM_ROWS) / 2)
 
 
+@pytest.mark.convergence
 def test_masked_rows():
     """Exact on the full batch; in minibatches nobody knows how many rows there were, so Adam has them."""
     keep = torch.arange(NUM_ROWS) % 3 > 0
@@ -245,6 +249,7 @@ def test_masked_rows():
         NaturalGradient().discover(guide, torch.tensor([1, 2]))
 
 
+@pytest.mark.convergence
 def test_minibatches_of_a_global_site_settle_where_they_should():
     """Forty of two thousand are ones, one in fifty minibatches has any surprise: taking steps back must not bias it."""
     flips = (torch.arange(2000) % 50 == 0).to(torch.get_default_dtype())
@@ -267,6 +272,7 @@ def test_minibatches_of_a_global_site_settle_where_they_should():
     assert abs(pyro.param("b").item() - 1961) < 12
 
 
+@pytest.mark.convergence
 def test_a_store_that_was_cleared_is_looked_at_again():
     """Parameters of the same names that form other sites are not stepped as if they were the old ones."""
 
@@ -300,6 +306,7 @@ def test_a_parameter_whose_partner_is_hidden_goes_to_the_inner_optimizer():
     assert optim.report().others["AutoNormal.scales.a"] == "'AutoNormal.locs.a' is not trained beside it"
 
 
+@pytest.mark.convergence
 def test_a_constraint_on_the_way_shortens_the_step():
     """The posterior's sd is below what the parameter may be: the mean must be found all the same."""
     data = torch.linspace(1.0, 3.0, 40)
@@ -384,6 +391,7 @@ def test_saved_and_loaded_half_way_equals_uninterrupted(tmp_path, loss, settings
     torch.load(tmp_path / "optim", weights_only=True)
 
 
+@pytest.mark.convergence
 def test_parameters_of_the_model_go_to_the_inner_optimizer():
     _, params, optim = train(40)
     report = optim.report()
@@ -394,6 +402,7 @@ def test_parameters_of_the_model_go_to_the_inner_optimizer():
     assert all(block.num_steps == 40 and block.family == "Normal" for block in report.blocks.values())
 
 
+@pytest.mark.convergence
 def test_same_optimum_as_adam():
     """Model parameters and guide together end where Adam alone ends, in a fifth of its steps."""
     _, natural, optim = train(300)

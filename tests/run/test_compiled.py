@@ -113,6 +113,7 @@ def adam():
     return pyro.optim.Adam({"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1})
 
 
+@pytest.mark.convergence
 def test_without_noise_a_compiled_run_is_the_eager_one():
     (losses, expected), (again, found) = eager_and_compiled(adam, 120)
     np.testing.assert_allclose(again, losses, rtol=1e-8)
@@ -121,6 +122,7 @@ def test_without_noise_a_compiled_run_is_the_eager_one():
     assert losses[-1] < losses[0] - 20
 
 
+@pytest.mark.convergence
 def test_with_noise_it_reaches_the_posterior_and_takes_other_data_of_one_shape(caplog):
     """A conjugate normal mean, whose posterior is exact; no shape is new, so that nothing is compiled again."""
 
@@ -367,6 +369,7 @@ def test_refused_and_eager_if_asked(name, caplog):
     assert "steps are eager" in caplog.text
 
 
+@pytest.mark.convergence
 def test_a_guide_that_builds_itself_is_left_as_it_is(uncompiled):
     """The first call makes a flow's parameters and buffers, and trains them as SVI does."""
 

@@ -54,6 +54,7 @@ def test_the_steps_are_those_of_svi(case):
     assert all(len(values) == 11 and np.isfinite(values).all() for values in result.history.values())
 
 
+@pytest.mark.convergence
 def test_it_fits_and_says_so():
     svi = make(IWAE_ELBO(4))
     result = fit(svi, num_steps=400, seed=0, progress=False)

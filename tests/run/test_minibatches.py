@@ -201,6 +201,7 @@ def test_without_a_graph_minibatches_are_taken_all_the_same():
     assert len(set(losses)) == 8
 
 
+@pytest.mark.convergence
 def test_natural_steps_in_a_loop_reach_the_posterior(uncompiled):
     """Conjugate, on minibatches, averaged: the whole data's posterior; without steps it is nats away."""
     svi = CompiledSVI(

@@ -38,6 +38,7 @@ def train(lr, noise, stop, num_steps=12000):
     return gap(guide), result
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize(("lr", "noise"), [(0.3, 3.0), (0.03, 0.0), (0.03, 3.0)])
 def test_it_ends_near_the_optimum_by_itself(lr, noise):
     stop = StagedStop(tol=0.1, block=100, num_evaluations=100)
@@ -58,6 +59,7 @@ def test_it_ends_near_the_optimum_by_itself(lr, noise):
     assert {after / before for before, after in zip(rates, rates[1:], strict=False)} <= {0.5, 1.0}
 
 
+@pytest.mark.convergence
 def test_averaging_and_halving_beat_the_step_that_is_too_large():
     found, result = train(0.3, 3.0, StagedStop(tol=0.1, block=100, num_evaluations=100))
     constant, _ = train(0.3, 3.0, "budget", result.num_steps)
@@ -197,6 +199,7 @@ def test_a_state_with_fewer_infinite_losses_is_the_better():
     assert _gain(np.array([1.0, math.inf, 2.0]), np.array([0.0, math.inf, 1.0])) == (1.0, 0.0)
 
 
+@pytest.mark.convergence
 def test_a_budget_that_ends_within_a_stage_keeps_the_average_where_it_is_better():
     found, result = train(0.3, 3.0, StagedStop(tol=1e-6, block=100, patience=9, num_evaluations=50), 350)
     constant, _ = train(0.3, 3.0, "budget", 350)
