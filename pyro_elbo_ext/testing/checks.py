@@ -1,138 +1,111 @@
-r"""The checks of the conformance suite."""
+r"""The suite: which check belongs to which identity, to whom it applies, and what a loss's refusal means."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
-import pyro
-import torch
-from pyro.infer import SVI
-from pyro.optim import ClippedAdam
-from torch import Tensor
+from pyro_elbo_ext.testing import discrete, exact, subsampled, trained
+from pyro_elbo_ext.testing.measure import Check, Claims, MakeELBO
 
-from pyro_elbo_ext.testing.discrete import belief_checks, bit_minibatches, plate_checks, rebar_checks, toy_checks
-from pyro_elbo_ext.testing.measure import Check, MakeELBO, compare, sample_gradients, spread_slope
-from pyro_elbo_ext.testing.problems import (
-    GAP_CONSTANT,
-    GOLDEN_GRADIENT,
-    GOLDEN_HIERARCHY,
-    GOLDEN_IWAE,
-    GOLDEN_SCALE_GRADIENT,
-    LOG_EVIDENCE,
-    amortised_mixture,
-    conjugate_normal,
-    hierarchical_guide,
-    many_normals,
-)
-from pyro_elbo_ext.tracing import forked_rng
+__all__ = ["IDENTITIES", "Check", "conformance"]
 
-__all__ = ["Check", "conformance"]
+IDENTITIES = {
+    "C1": "golden values and gradients",
+    "C2": "whose gradient it is",
+    "C3": "spread against particles",
+    "C4": "guide at the posterior",
+    "C5": "guide of two layers",
+    "C6": "(b - 0.499)^2",
+    "C7": "gap to the evidence",
+    "C8": "minibatches, scales, masks",
+    "C9": "plates",
+    "C10": "bits, summed over all states",
+    "C11": "linear VAE",
+    "C12": "mixture under wake-sleep",
+    "C13": "below the evidence",
+}
 
 
-def _golden(make: MakeELBO, size: int, gradient: str | None, scored: bool, min_particles: int) -> list[Check]:
-    checks = []
-    for k, expected in GOLDEN_IWAE.items():
-        if k < min_particles:
-            continue
-        problem = conjugate_normal(size, scored=scored)
-        values, grads = sample_gradients(make(num_particles=k), problem, calls=20, seed=k)
-        checks.append(compare(f"golden value, K = {k}", values, expected))
-        if gradient is not None:
-            kind = "iwae" if gradient == "bound" else gradient
-            checks.append(compare(f"golden gradient in the mean, K = {k}", grads["m"], GOLDEN_GRADIENT[kind][k]))
-        if gradient == "bound":
-            checks.append(compare(f"golden gradient in the scale, K = {k}", grads["s"], GOLDEN_SCALE_GRADIENT[k]))
-    return checks
+class Job(NamedTuple):
+    """A check and to whom it applies.
+
+    Attributes:
+        identity: ``"C1"`` to ``"C13"``.
+        name: what is asked, should it not get to say so itself.
+        run: returns the checks.
+        missing: why it does not apply, or the empty string.
+        refusable: a ValueError or NotImplementedError means that it does not apply.
+    """
+
+    identity: str
+    name: str
+    run: Callable[[Claims], list[Check]]
+    missing: str = ""
+    refusable: bool = False
+
+    def checks(self, claims: Claims) -> list[Check]:
+        """Run it; whatever a foreign loss raises is its result."""
+        try:
+            found = self.run(claims)
+        except Exception as error:
+            refused = self.refusable and isinstance(error, (ValueError, NotImplementedError))
+            first = (str(error).splitlines() or [""])[0][:90]
+            found = [Check(self.name, None if refused else False, f"{type(error).__name__}: {first}")]
+        return [check._replace(identity=self.identity) for check in found]
 
 
-def _hierarchy(make: MakeELBO, size: int) -> list[Check]:
-    _, grads = sample_gradients(make(num_particles=3), hierarchical_guide(size), calls=20, seed=5)
+def _jobs(c: Claims) -> list[Job]:
+    def unless(holds: bool, why: str) -> str:
+        return "" if holds else why
+
+    known = unless(c.bound is not None, "the bound is neither claimed nor recognised")
+    iwae = unless(c.bound == "iwae", "for the importance-weighted bound")
+    graded = unless(c.gradient is not None, "no gradient claimed")
+    own = unless(c.gradient == "bound", "the gradient is not claimed to be the bound's")
+    path = graded or unless(not c.scored, "held to guides without a path instead")
     return [
-        compare(f"two-layer guide, {name}", grads[name], expected, rounding=4e-4)
-        for name, expected in GOLDEN_HIERARCHY.items()
+        Job("C1", "golden values and gradients", exact.golden, known),
+        Job("C2", "gradient is the value's", exact.gradient_of_value, own),
+        Job("C2", "gradient's mean", exact.mean_recognised, iwae or graded),
+        Job("C2", "guide without a path, gradient", exact.scored_gradient, known or graded, True),
+        Job("C3", "slope of log sd in log K", exact.slope, unless(c.slope is not None, "no slope claimed")),
+        Job("C4", "no drift at the posterior", exact.drift, graded),
+        Job("C4", "no variance at the posterior", exact.landing, unless(c.zero_variance, "not claimed")),
+        Job("C5", "two-layer guide", exact.hierarchy, path or (known and own)),
+        Job("C6", "(b - 0.499)^2", discrete.rebar, own or unless(c.bound == "elbo", "for the ELBO"), True),
+        Job("C7", "gap to the evidence", exact.gap, iwae),
+        *_plate_jobs(graded),
+        *_discrete_jobs(known, graded),
+        Job("C11", "linear VAE at its optimum", trained.at_optimum),
+        Job("C11", "linear VAE, trained", trained.reaches_optimum, unless(c.trains, "not asked for")),
+        Job("C12", "mixture improves with particles", trained.improves, unless(c.improves, "a claim of wake-sleep's")),
+        Job("C13", "value <= evidence", exact.below_evidence),
+        Job("C13", "linear Gaussian, value <= evidence", exact.rises),
+        Job("C13", "annealed importance sampling", exact.rises, "of pyro_elbo_ext.diagnostics: a loss has no chain"),
     ]
 
 
-def _gap(make: MakeELBO, size: int) -> Check:
-    values, _ = sample_gradients(make(num_particles=16), conjugate_normal(size, 0.6, math.sqrt(0.6)), calls=40, seed=7)
-    exact = GAP_CONSTANT / 32
-    # The constant is the leading term; the next one is smaller by a factor of order 1/K.
-    return compare("gap to the evidence, 2 K gap -> Var(w) / Z^2", LOG_EVIDENCE - values, exact, rounding=exact / 8)
+def _plate_jobs(graded: str) -> list[Job]:
+    return [
+        Job("C8", "minibatches", subsampled.subsampling),
+        Job("C8", "scale of the user's own", subsampled.scaled, "", True),
+        Job("C8", "rows masked", subsampled.masked, "", True),
+        Job("C8", "nested plates", subsampled.nested, "", True),
+        Job("C8", "looped as vectorised", subsampled.looped, "", True),
+        Job("C8", "minibatch of 3 in 12, bits", subsampled.bits, "", True),
+        Job("C9", "gradient of a row", subsampled.rows_of_normals, graded),
+        Job("C9", "gradient of a row, bits", subsampled.rows_of_bits, graded, True),
+        Job("C9", "guide that is joint over a plate", subsampled.joint, "", True),
+    ]
 
 
-def _below_evidence(make: MakeELBO, size: int) -> Check:
-    values, _ = sample_gradients(make(num_particles=4), conjugate_normal(size), calls=20, seed=11)
-    error = float(values.std()) / math.sqrt(values.numel())
-    mean = float(values.mean())
-    detail = f"{mean:.4f} +- {error:.4f}, evidence {LOG_EVIDENCE:.4f}"
-    return Check("value <= evidence", mean < LOG_EVIDENCE + 4 * error, detail)
-
-
-def _gradient_of_value(make: MakeELBO, size: int, scored: bool) -> Check:
-    """Compare the mean gradient with a central difference of the value at common random numbers."""
-    step = 1e-3
-    elbo = make(num_particles=4)
-    problem = conjugate_normal(size, scored=scored)
-    ends = []
-    for sign in (1, -1):
-        moved = problem._replace(params={**problem.params, "m": problem.params["m"] + sign * step})
-        ends.append(sample_gradients(elbo, moved, calls=20, seed=13)[0])
-    slopes = (ends[0] - ends[1]) / (2 * step)
-    _, grads = sample_gradients(elbo, problem, calls=20, seed=17)
-    per_call = grads["m"].reshape(20, -1).mean(1)
-    error = math.sqrt((float(slopes.var()) + float(per_call.var())) / 20)
-    distance = abs(float(slopes.mean()) - float(per_call.mean()))
-    detail = f"gradient {float(per_call.mean()):.4f}, slope of the value {float(slopes.mean()):.4f} +- {error:.4f}"
-    return Check("gradient is the value's", distance < 4 * max(error, 1e-9), detail)
-
-
-def _subsampling(make: MakeELBO, size: int) -> list[Check]:
-    problem, evidence = many_normals(max(size // 100, 50))
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    for batch in (20, 4, 1):
-        elbo = make(num_particles=8)
-        values, found = sample_gradients(elbo, problem, batch, calls=200, seed=19 + batch)
-        results[batch] = values, found["m"].reshape(200, -1).mean(1)
-    full_value, full_grad = results[20]
-    checks = []
-    for batch, (values, grads) in results.items():
-        error = math.sqrt((float(values.var()) + float(full_value.var())) / 200)
-        shift = float(values.mean() - full_value.mean())
-        slack = math.sqrt((float(grads.var()) + float(full_grad.var())) / 200)
-        drift = float(grads.mean() - full_grad.mean())
-        held = (
-            abs(shift) <= 4 * error + 1e-6
-            and abs(drift) <= 4 * slack + 1e-6
-            and float(values.mean()) < evidence + 4 * error
-        )
-        detail = f"value {float(values.mean()):.2f}, gradient {float(grads.mean()):.2f}, evidence {evidence:.2f}"
-        if batch < 20:
-            detail += f"; full batch {float(full_value.mean()):.2f}, {float(full_grad.mean()):.2f}"
-        checks.append(Check(f"minibatch of {batch} in 20", held, detail))
-    return checks
-
-
-def _landing(make: MakeELBO, size: int, scored: bool) -> Check:
-    posterior = conjugate_normal(min(size, 1000), 0.75, math.sqrt(0.5), scored=scored)
-    _, grads = sample_gradients(make(num_particles=4), posterior, seed=23)
-    largest = max(float(grad.abs().max()) for grad in grads.values())
-    return Check("no variance at the posterior", largest < 1e-6, f"largest gradient {largest:.1e}")
-
-
-def _improves(make: MakeELBO) -> Check:
-    """Train an encoder of a mixture with few and many particles; a step that does nothing stays above 0.5."""
-    errors = {}
-    for k in (2, 20):
-        with forked_rng(), pyro.get_param_store().scope():
-            torch.manual_seed(47)
-            mixture = amortised_mixture()
-            svi = SVI(mixture.model, mixture.guide, ClippedAdam({"lr": 0.01}), make(num_particles=k))
-            for _ in range(1500):
-                svi.step(mixture.sample(100))
-            errors[k] = mixture.error()
-    held = errors[20] < 0.15 and errors[20] < 0.8 * errors[2]
-    return Check("mixture improves with particles", held, f"error {errors[2]:.3f} at K = 2, {errors[20]:.3f} at K = 20")
+def _discrete_jobs(known: str, graded: str) -> list[Job]:
+    return [
+        Job("C10", "belief network, summed over all states", discrete.belief, "", True),
+        Job("C10", "one bit", discrete.toy, known or graded, True),
+        Job("C10", "auxiliary site after a bit", discrete.auxiliary, "", True),
+    ]
 
 
 def conformance(
@@ -145,11 +118,25 @@ def conformance(
     scored: bool = False,
     improves: bool = False,
     min_particles: int = 1,
+    trains: bool = False,
+    only: Collection[str] | None = None,
+    complete: bool = False,
 ) -> list[Check]:
-    """Run a loss through the suite.
+    """Run a loss through the identities C1 to C13.
 
-    Parameters, random state and settings are left as they were. What a loss refuses on bits by a ValueError or a
-    NotImplementedError does not apply to it.
+    Parameters, random state and settings are left as they were. What a loss refuses by a ValueError or a
+    NotImplementedError does not apply to it, where an ELBO may refuse: bits, scales, masks, nested plates.
+
+    A test of a class of your own takes five lines:
+
+    >>> from pyro_elbo_ext.testing import conformance
+    >>> def test_my_elbo_conforms(MyELBO):
+    ...     checks = conformance(MyELBO, bound="iwae", size=0.1)
+    ...     failed = [check for check in checks if check.passed is False]
+    ...     assert not failed, failed
+    >>> from pyro_elbo_ext import IWAE_ELBO
+    >>> [check.identity for check in conformance(IWAE_ELBO, only=["C7"], bound="iwae", size=0.01) if check.passed]
+    ['C7']
 
     Args:
         make: returns the loss for ``num_particles=K``.
@@ -161,58 +148,39 @@ def conformance(
         scored: hold the gradient to continuous problems whose guide is not to be reparameterised.
         improves: train a mixture's encoder, which gets better with particles under wake-sleep.
         min_particles: fewest particles that the loss takes.
+        trains: train a linear VAE to its optimum.
+        only: identities to run, all of them if None.
+        complete: also return what does not apply to what is claimed, ``passed=None``, with the reason.
 
     Returns:
-        The checks, a failure of the loss itself among them.
+        The checks in the order of the identities, a failure of the loss itself among them.
+
+    Raises:
+        ValueError: an unknown bound, gradient or identity.
     """
-    replicates = max(int(50_000 * size), 200)
-    jobs: list[tuple[str, Callable[[], list[Check]]]] = [
-        ("value <= evidence", lambda: [_below_evidence(make, replicates)]),
-        ("minibatches", lambda: _subsampling(make, replicates)),
-    ]
-    if gradient == "bound":
-        jobs.append(("gradient is the value's", lambda: [_gradient_of_value(make, replicates, scored)]))
-    if bound == "iwae":
-        jobs.append(("golden values", lambda: _golden(make, replicates, gradient, scored, min_particles)))
-        jobs.append(("gap", lambda: [_gap(make, replicates)]))
-        if gradient == "bound" and not scored:
-            jobs.append(("two-layer guide", lambda: _hierarchy(make, replicates)))
-    if zero_variance:
-        jobs.append(("no variance at the posterior", lambda: [_landing(make, replicates, scored)]))
-    if slope is not None:
-        jobs.append(("slope", lambda: [_slope(make, slope, scored)]))
-    if improves:
-        jobs.append(("mixture improves with particles", lambda: [_improves(make)]))
-    return [check for name, job in jobs for check in _run(name, job, refusable=False)] + [
-        check for name, job in _discrete(make, replicates, bound, gradient) for check in _run(name, job, refusable=True)
-    ]
+    _check_names(bound, gradient, only)
+    claims = Claims(
+        make, bound, gradient, zero_variance, slope, scored, improves, min_particles, trains,
+        max(int(50_000 * size), 200),
+    )  # fmt: skip
+    checks: list[Check] = []
+    for job in _jobs(claims):
+        if only is not None and job.identity not in only:
+            continue
+        if not job.missing:
+            checks += job.checks(claims)
+        elif complete:
+            checks.append(Check(job.name, None, job.missing, job.identity))
+    return checks
 
 
-def _discrete(
-    make: MakeELBO, replicates: int, bound: str | None, gradient: str | None
-) -> list[tuple[str, Callable[[], list[Check]]]]:
-    jobs: list[tuple[str, Callable[[], list[Check]]]] = [
-        ("belief network, summed over all states", lambda: belief_checks(make, replicates, bound, gradient)),
-        ("minibatch of 3 in 12, bits", lambda: bit_minibatches(make, replicates)),
-        ("gradient of a row, bits", lambda: plate_checks(make, replicates)),
-    ]
-    if bound == "iwae" and gradient == "bound":
-        jobs.append(("one bit", lambda: toy_checks(make, replicates)))
-    if bound == "elbo" and gradient == "bound":
-        jobs.append(("(b - 0.499)^2", lambda: rebar_checks(make, replicates)))
-    return jobs
-
-
-def _run(name: str, job: Callable[[], list[Check]], refusable: bool) -> list[Check]:
-    try:
-        return job()
-    except Exception as error:  # whatever a foreign loss raises is its result
-        refused = refusable and isinstance(error, (ValueError, NotImplementedError))
-        detail = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-        return [Check(name, None if refused else False, detail)]
-
-
-def _slope(make: MakeELBO, interval: tuple[float, float], scored: bool) -> Check:
-    slope = spread_slope(make, scored=scored)
-    held = interval[0] <= slope <= interval[1]
-    return Check("slope of log sd in log K", held, f"{slope:.2f}, expected in [{interval[0]}, {interval[1]}]")
+def _check_names(bound: str | None, gradient: str | None, only: Collection[str] | None) -> None:
+    if bound not in (None, *discrete.BOUNDS):
+        raise ValueError(f'bound must be "iwae", "elbo" or None, got {bound!r}')
+    if gradient not in (None, "bound", "rws", "iwae+rws"):
+        raise ValueError(f'gradient must be "bound", "rws", "iwae+rws" or None, got {gradient!r}')
+    if bound == "elbo" and gradient not in (None, "bound"):
+        raise ValueError(f'the gradient of an ELBO is "bound" or None, got {gradient!r}')
+    unknown = [name for name in only or () if name not in IDENTITIES]
+    if unknown:
+        raise ValueError(f"identities are C1 to C13, got {', '.join(unknown)}")

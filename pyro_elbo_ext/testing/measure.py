@@ -16,7 +16,19 @@ from torch import Tensor
 from pyro_elbo_ext.testing.problems import Problem, ScoredNormal
 from pyro_elbo_ext.tracing import forked_rng, run_pair
 
-__all__ = ["Check", "MakeELBO", "compare", "enumerated_gradient", "sample_gradients", "spread_slope", "z_score"]
+__all__ = [
+    "Check",
+    "Claims",
+    "MakeELBO",
+    "agree",
+    "compare",
+    "enumerated_gradient",
+    "per_call",
+    "sample_gradients",
+    "spread_slope",
+    "surrogates",
+    "z_score",
+]
 
 MakeELBO = Callable[..., ELBO]
 
@@ -27,18 +39,75 @@ class Check(NamedTuple):
     Attributes:
         name: what was asked.
         passed: whether it held; None where it does not apply.
-        detail: the numbers.
+        detail: the numbers, or why it does not apply.
+        identity: ``"C1"`` to ``"C13"``, the identity that it belongs to.
+        found: the number found, in nats or nats per unit of a parameter, where there is a single one.
+        error: its standard error.
+        expected: what it is held to.
     """
 
     name: str
     passed: bool | None
     detail: str
+    identity: str = ""
+    found: float | None = None
+    error: float | None = None
+    expected: float | None = None
+
+
+class Claims(NamedTuple):
+    """A loss and what it is held to; the fields are the arguments of :func:`conformance`."""
+
+    make: MakeELBO
+    bound: str | None = None
+    gradient: str | None = "bound"
+    zero_variance: bool = False
+    slope: tuple[float, float] | None = None
+    scored: bool = False
+    improves: bool = False
+    min_particles: int = 1
+    trains: bool = False
+    replicates: int = 50_000
+
+    def loss(self, num_particles: int, **kwargs: Any) -> ELBO:
+        """Return the loss for a number of particles, or for the fewest it takes."""
+        return self.make(num_particles=max(num_particles, self.min_particles), **kwargs)
+
+    @property
+    def kind(self) -> str:
+        """Name of the golden gradient that the guide's is held to."""
+        return "iwae" if self.gradient in ("bound", None) else str(self.gradient)
+
+    @property
+    def calls(self) -> int:
+        """How often a minibatch is drawn, which all replicates of a call share."""
+        return min(max(self.replicates // 250, 60), 200)
 
 
 def compare(name: str, sample: Tensor, expected: float, rounding: float = 1e-6) -> Check:
     """Return whether a sample's mean is within four standard errors of what is expected."""
     z = z_score(sample, expected, rounding)
-    return Check(name, z < 4, f"{float(sample.mean()):.5f}, exact {expected:.5f}, z = {z:.1f}")
+    mean, error = float(sample.mean()), _error(sample)
+    detail = f"{mean:.5f}, exact {expected:.5f}, z = {z:.1f}"
+    return Check(name, z < 4, detail, found=mean, error=error, expected=expected)
+
+
+def agree(name: str, sample: Tensor, other: Tensor, rounding: float = 1e-6) -> Check:
+    """Return whether the means of two samples are within four standard errors of each other."""
+    mean, reference = float(sample.mean()), float(other.mean())
+    error = math.hypot(_error(sample), _error(other))
+    z = max(abs(mean - reference) - rounding, 0.0) / max(error, 1e-15)
+    detail = f"{mean:.4f}, expected {reference:.4f}, z = {z:.1f}"
+    return Check(name, z < 4, detail, found=mean, error=error, expected=reference)
+
+
+def _error(sample: Tensor) -> float:
+    return float(sample.std()) / math.sqrt(sample.numel()) if sample.numel() > 1 else math.inf
+
+
+def per_call(grads: Tensor, calls: int) -> Tensor:
+    """Return the mean over replicates of each call, ``[calls]``: those of one call share a minibatch."""
+    return grads.reshape(calls, -1).mean(1)
 
 
 @contextmanager
@@ -82,9 +151,8 @@ def sample_gradients(
 
 def z_score(sample: Tensor, expected: float, rounding: float = 0.0) -> float:
     """Return how many standard errors a sample's mean is from ``expected``, forgiving its ``rounding``."""
-    error = float(sample.std()) / math.sqrt(sample.numel()) if sample.numel() > 1 else math.inf
     distance = max(abs(float(sample.mean()) - expected) - rounding, 0.0)
-    return distance / max(error, 1e-15)
+    return distance / max(_error(sample), 1e-15)
 
 
 def spread_slope(
@@ -129,6 +197,8 @@ def enumerated_gradient(
     states: Mapping[str, Tensor],
     bound: Callable[[Tensor], Tensor],
     num_particles: int,
+    gradient: str = "bound",
+    log_measure: Tensor | None = None,
 ) -> tuple[float, dict[str, float]]:
     """Return a bound's exact value and gradient on a problem with finitely many states, by summing over them all.
 
@@ -137,6 +207,10 @@ def enumerated_gradient(
         states: by latent site its value in every state, ``[states, ...]``.
         bound: from log-weights ``[num_particles, *plates]`` to a value ``[*plates]``.
         num_particles: K; the sum has as many terms as there are states to the power K.
+        gradient: ``"bound"``, or for the importance-weighted bound what else the guide's gradient may estimate:
+            ``"rws"``, reweighted wake-sleep's wake-phi, or ``"iwae+rws"``, the sum of the two.
+        log_measure: added to the states' log-density under the guide to get their log-probability, ``[states]``;
+            that of a quadrature where a site is continuous.
     """
     size = next(iter(states.values())).shape[0]
     problem = make_problem(size)
@@ -151,8 +225,29 @@ def enumerated_gradient(
             for trace in (traces.guide, traces.model)
         )
         draws = torch.cartesian_prod(*[torch.arange(size)] * num_particles).reshape(-1, num_particles).T
-        value = (log_q[draws].sum(0).exp() * bound((log_p - log_q)[draws])).sum()
+        weight = (log_q if log_measure is None else log_q + log_measure)[draws].sum(0).exp()
+        value = (weight * bound((log_p - log_q)[draws])).sum()
         leaves = [pyro.param(name) for name in problem.params]
-        grads = torch.autograd.grad(value, leaves, allow_unused=True)
-    found = zip(problem.params, grads, strict=True)
-    return value.item(), {name: 0.0 if grad is None else float(grad.sum()) for name, grad in found}
+        totals = [
+            torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+            for total in surrogates(gradient, value, weight, log_p[draws], log_q[draws])
+        ]
+    sums = [sum(float(grad.sum()) for grad in grads if grad is not None) for grads in zip(*totals, strict=True)]
+    return value.item(), dict(zip(problem.params, sums, strict=True))
+
+
+def surrogates(gradient: str, value: Tensor, weight: Tensor, log_p: Tensor, log_q: Tensor) -> list[Tensor]:
+    """Return the tensors whose gradients add up to that of the model's and to what the guide's estimates.
+
+    Args:
+        gradient: ``"bound"``, ``"rws"`` or ``"iwae+rws"``.
+        value: the bound, its gradient attached.
+        weight: probability of every set of draws, ``[sets]``.
+        log_p: log-density of the draws under the model, ``[num_particles, sets]``.
+        log_q: the same under the guide.
+    """
+    if gradient == "bound":
+        return [value]
+    v, weight = torch.softmax(log_p - log_q, 0).detach(), weight.detach()
+    wake_phi = (weight * (v * log_q)).sum()
+    return [value, wake_phi] if gradient == "iwae+rws" else [(weight * (v * log_p)).sum(), wake_phi]
