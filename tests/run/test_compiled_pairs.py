@@ -21,7 +21,7 @@ from pyro_elbo_ext import (
     ScoreFunction_ELBO,
     ScoreRegression_ELBO,
 )
-from tests.run.cases import Coder, coins, coins_guide, regression
+from tests.run.cases import Coder, coins, coins_guide, params, regression
 
 SEEDS, STEPS, TAIL = 10, 150, 50
 
@@ -86,13 +86,13 @@ def covering():
 
 
 def final(kind, seed, elbo, optim, pair):
-    """Mean of a run's last losses."""
+    """Mean of a run's first and of its last losses."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model, guide, args = PAIRS[pair]()
     optim = OPTIMISERS[optim]()
     svi = kind(model, guide, optim, ELBOS[elbo]())
-    losses = []
+    losses, first = [], {}
     for _ in range(STEPS // 25):
         if kind is CompiledSVI:
             losses.extend(svi.run(25, *args))
@@ -103,6 +103,8 @@ def final(kind, seed, elbo, optim, pair):
             losses.extend(svi.step(*args) for _ in range(25))
         if hasattr(optim, "step"):
             optim.step()
+        first = first or params()
+    assert any(not torch.equal(value, first[name]) for name, value in params().items())
     return np.mean(losses[:5]), np.mean(losses[-TAIL:])
 
 
