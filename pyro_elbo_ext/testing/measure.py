@@ -81,7 +81,7 @@ class Claims(NamedTuple):
     @property
     def calls(self) -> int:
         """How often a minibatch is drawn, which all replicates of a call share."""
-        return min(max(self.replicates // 250, 60), 200)
+        return min(max(self.replicates // 60, 40), 200)
 
 
 def compare(name: str, sample: Tensor, expected: float, rounding: float = 1e-6) -> Check:
@@ -93,12 +93,12 @@ def compare(name: str, sample: Tensor, expected: float, rounding: float = 1e-6) 
 
 
 def agree(name: str, sample: Tensor, other: Tensor, rounding: float = 1e-6) -> Check:
-    """Return whether the means of two samples are within four standard errors of each other."""
+    """Return whether the means of two samples, of tens of numbers each, are within five standard errors."""
     mean, reference = float(sample.mean()), float(other.mean())
     error = math.hypot(_error(sample), _error(other))
     z = max(abs(mean - reference) - rounding, 0.0) / max(error, 1e-15)
     detail = f"{mean:.4f}, expected {reference:.4f}, z = {z:.1f}"
-    return Check(name, z < 4, detail, found=mean, error=error, expected=reference)
+    return Check(name, z < 5, detail, found=mean, error=error, expected=reference)
 
 
 def _error(sample: Tensor) -> float:
@@ -250,4 +250,5 @@ def surrogates(gradient: str, value: Tensor, weight: Tensor, log_p: Tensor, log_
         return [value]
     v, weight = torch.softmax(log_p - log_q, 0).detach(), weight.detach()
     wake_phi = (weight * (v * log_q)).sum()
-    return [value, wake_phi] if gradient == "iwae+rws" else [(weight * (v * log_p)).sum(), wake_phi]
+    totals = [value if gradient == "iwae+rws" else (weight * (v * log_p)).sum(), wake_phi]
+    return [total for total in totals if total.requires_grad]

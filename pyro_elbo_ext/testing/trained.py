@@ -163,7 +163,7 @@ def reaches_optimum(c: Claims) -> list[Check]:
         torch.manual_seed(59)
         for name, value in vae.start.items():
             pyro.param(name, value.clone())
-        svi = SVI(vae.problem.model, vae.problem.guide, ClippedAdam({"lr": 0.1, "lrd": 0.995}), c.loss(4))
+        svi = SVI(vae.problem.model, vae.problem.guide, ClippedAdam({"lr": 0.1, "lrd": 0.995}), c.loss(16))
         start = -float(svi.evaluate_loss()) / vae.num_data
         for _ in range(800):
             svi.step()
