@@ -272,11 +272,11 @@ PLANTS = (
         "test_arviz.py::test_loo_of_a_global_latent",
     ),
     _plant(
-        "draws exported as chains",
+        "exported draws mixed up with plates",
         "export/chains.py",
-        "np.stack([part[name][1] for part in parts])) for",
-        "np.stack([part[name][1] for part in parts]).swapaxes(0, 1)) for",
-        "test_arviz.py::test_groups_and_dims",
+        "    return value.reshape(len(value), *shape)\n",
+        "    return value.reshape(*shape, len(value)).movedim(-1, 0)\n",
+        "test_arviz.py::test_values_are_the_pairs",
     ),
     _plant(
         "optimiser's state not restored",
@@ -339,7 +339,7 @@ PLANTS = (
         "run/stopping.py",
         "        return found.gain + found.gain_error < self.tol or self.halvings >= self.max_stages\n",
         "        return True\n",
-        "run/test_stopping.py::test_averaging_and_halving_beat_the_step_that_is_too_large",
+        "run/test_stopping.py::test_a_gain_that_may_be_large_enough_does_not_stop",
     ),
     _plant(
         "rows of an epoch drawn with replacement",
