@@ -1,0 +1,330 @@
+"""Random programs, held to exact sums over everything they can draw; see `tests/programs.py` and `tests/exact.py`."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from pyro.infer import Trace_ELBO
+
+from pyro_elbo_ext import (
+    CIWAE_ELBO,
+    IWAE_ELBO,
+    MIWAE_ELBO,
+    PIWAE_ELBO,
+    VRIWAE_ELBO,
+    MeanField_ELBO,
+    ReweightedWakeSleep_ELBO,
+    ScoreFunction_ELBO,
+)
+from pyro_elbo_ext.gradients import VIMCO
+from tests.exact import Exact, Found, expected_value, gaussian_evidence, minibatches, wake_phi
+from tests.programs import DISCRETE, programs
+
+KINDS = {
+    "discrete": ("bernoulli", "categorical"),
+    "continuous": ("normal", "normal", "scored"),
+    "mixed": ("normal", "bernoulli", "normal", "categorical"),
+}
+
+
+class Case:
+    """One loss and what it is to give.
+
+    Args:
+        name: of the loss.
+        make: returns it for keyword arguments.
+        bound: whose value it has.
+        follows: what its guide's gradient is: a bound's name, "rws" or "stl"; that of the value by default.
+        integrates: holds for the integral over normal sites only, not for every rule.
+        calls: how many steps it takes.
+        enumerated: guide sites that it sums out itself.
+    """
+
+    def __init__(self, name, make, bound, follows=None, integrates=False, calls=1, enumerated=(), same_draws=True):
+        self.name, self.make, self.bound, self.follows = name, make, bound, follows or bound
+        self.integrates, self.calls, self.enumerated, self.same_draws = integrates, calls, enumerated, same_draws
+
+
+def kinds_of(program):
+    """Tell whether a program has reparameterised sites, and sites that need a score."""
+    kinds = {site.kind for site in program.drawn.values()}
+    return "normal" in kinds, bool(kinds - {"normal"})
+
+
+def gradients(program, k):
+    """Names of importance-weighted gradients for a program, each with what it follows and whether it integrates."""
+    path, score = kinds_of(program)
+    integrates = any(site.kind == "scored" for site in program.drawn.values())
+    if not score:
+        yield from [("pathwise", None, False), ("dreg", None, True)]
+        if k == 1 or program.scale in ("", "all"):
+            yield "stl", None if k == 1 else "stl", True
+    signals = ["vimco", "ovis", "score", VIMCO("arithmetic")] if k > 1 else ["score"]
+    if score and not path:
+        yield from [(signal, None, integrates) for signal in signals]
+    if score and path:
+        yield from [(("pathwise", signal), None, integrates) for signal in signals[:2]]
+        yield "dreg+" + signals[-2 % len(signals)], None, True
+    yield "auto", None, integrates or (path and k > 1)
+
+
+def cases(program, k):
+    """The losses that apply to a program with k particles."""
+    yield from weighted_cases(program, k)
+    yield from linear_cases(program, k)
+
+
+def weighted_cases(program, k):
+    """Functions of the importance weights; with one particle all are the ELBO."""
+
+    def of(bound):
+        return bound if k > 1 else "elbo"
+
+    path, score = kinds_of(program)
+    several = list(gradients(program, k))
+    for gradient, follows, integral in several:
+        yield Case(f"IWAE {gradient}", partial(IWAE_ELBO, k, gradient), of("iwae"), follows, integral)
+    plain, _, integral = several[0]
+    yield Case(f"CIWAE {plain}", partial(CIWAE_ELBO, 0.3, k, gradient=plain), of("ciwae"), None, integral)
+    gradient, _, integral = program.choose("gradient", [one for one in several if one[1] != "stl"])
+    yield Case(f"VRIWAE {gradient}", partial(VRIWAE_ELBO, 0.4, k, gradient=gradient), of("vr"), None, integral)
+    if k % 2 == 0:
+        if k == 2 and "ovis" in str(gradient).lower():  # a lone particle in each half has no zero weight beside it
+            gradient, _, integral = several[0]
+        yield Case(f"MIWAE {gradient}", partial(MIWAE_ELBO, k, gradient=gradient), "miwae", None, integral)
+        yield Case(f"PIWAE {gradient}", partial(PIWAE_ELBO, k, gradient=gradient), "iwae", "miwae", integral)
+    if k > 1:
+        yield Case("wake-sleep", partial(ReweightedWakeSleep_ELBO, k), "iwae", "rws")
+    if k > 1 and not score:
+        make = partial(ReweightedWakeSleep_ELBO, k, wake_phi="dreg")
+        yield Case("wake-sleep dreg", make, "iwae", "rws", True)
+
+
+def linear_cases(program, k):
+    """The ELBO's own losses."""
+    path, score = kinds_of(program)
+    integrates = any(site.kind == "scored" for site in program.drawn.values())
+    if k == 1 and not (score and program.mixes_in_guide):  # there Pyro leaves terms of the plate out of the cost
+        yield Case("Trace_ELBO", Trace_ELBO, "elbo", None, integrates)
+    if not score:
+        yield Case("mean field", partial(MeanField_ELBO, k), "elbo", None, True, same_draws=False)
+        return
+    baselines = {"none": "none", "running mean": "running-mean", "number": lambda site: 0.7}
+    if k > 1:
+        baselines["leave one out"] = "leave-one-out"
+    for name, baseline in baselines.items():
+        make = partial(ScoreFunction_ELBO, k, baseline)
+        yield Case(f"score, {name}", make, "elbo", None, integrates, 2 if name == "running mean" else 1)
+    kinds = {site.kind for site in program.drawn.values()}
+    if k > 1 and kinds <= {"bernoulli", "normal"}:
+        yield Case("double-cv", partial(ScoreFunction_ELBO, k, gradient="double-cv"), "elbo", None, False, 2)
+    last = [s.name for s in program.guide_sites if s.kind in DISCRETE and not _has_children(program, s.name)]
+    if last:
+        make = partial(ScoreFunction_ELBO, k, "none")
+        yield Case("enumerated", make, "elbo", None, integrates, 1, tuple(last[:1]), same_draws=False)
+
+
+def _has_children(program, name):
+    return any(name in site.guide_parents for site in program.guide_sites)
+
+
+def is_subsampled_inside(program):
+    """A subsampled plate is not common to all weights: its scale would stand inside a log."""
+    sites = [*program.drawn.values(), *(site for site in program.observed if site.parents)]
+    used = {name for site in sites for name in site.plates} - program.common_plates
+    return any(program.frames[name].batch < program.frames[name].size for name in used)
+
+
+def refusal(case, exact):
+    """What a loss says where it has no right answer to give, a pattern; empty where it has one."""
+    program = exact.program
+    if set(case.enumerated) & set(program.summed):
+        return "is enumerated"
+    if is_subsampled_inside(program) and case.bound != "elbo":
+        return "is subsampled"
+    scales = {exact.leaf_scale(site) for site in program.drawn.values()}
+    return "different scales" if "dreg" in case.name and len(scales) > 1 else ""
+
+
+class Answers:
+    """Exact values and gradients of a program, each computed once."""
+
+    def __init__(self, exact):
+        self.exact = exact
+        self._bounds = {}
+
+    def bound(self, name):
+        if name not in self._bounds:
+            self._bounds[name] = self.exact.expected(name)
+        return self._bounds[name]
+
+    def gradient(self, case):
+        value = self.bound(case.bound)[1]
+        if case.follows == case.bound:
+            return value
+        if case.follows in ("rws", "stl"):
+            if "rws" not in self._bounds:
+                exact = self.exact
+                self._bounds["rws"] = wake_phi(exact.program, exact.num_particles, exact.rows, exact.kept, exact.nodes)
+            other = self._bounds["rws"]
+            if case.follows == "stl":
+                other = {name: slope + value[name] for name, slope in other.items()}
+        else:
+            other = self.bound(case.follows)[1]
+        return {**other, "theta": value["theta"]}
+
+
+def close(found, expected, tolerance):
+    return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def check_case(case, answers):
+    """Compare a loss with the exact answers at all draws at once, and in expectation."""
+    exact, program = answers.exact, answers.exact.program
+    options = {"vectorize_particles": program.number(case.name, "vectorize") > -0.5}
+    if program.number(case.name, "nesting") > -0.6:
+        options["max_plate_nesting"] = program.nesting + 1
+    if case.make is Trace_ELBO:
+        options = {"vectorize_particles": False}
+    elbo = case.make(**options)
+    reason = refusal(case, exact)
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            Found(elbo, exact, 1, case.enumerated)
+        return
+    found = Found(elbo, exact, case.calls, case.enumerated)
+    if case.same_draws:
+        total = exact.value(case.bound).sum().item()
+        assert close(found.total, total, 1e-9), f"{case.name}: value at all draws {found.total}, exact {total}"
+    tolerance = exact.tolerance if case.integrates else 1e-8
+    if tolerance is None:
+        return
+    expected = answers.gradient(case)
+    worst = max(expected, key=lambda name: abs(found.gradient[name] - expected[name]))
+    assert close(found.gradient[worst], expected[worst], tolerance), (
+        f"{case.name}, {options}: gradient in {worst} {found.gradient[worst]}, exact {expected[worst]}"
+    )
+
+
+def largest_k(program):
+    """As many particles as can be summed over, up to four."""
+    most = 3 if kinds_of(program)[0] else 4
+    return max(k for k in range(1, most + 1) if k <= 2 or program.states**k <= 3000)
+
+
+def check(program, room):
+    """Hold some losses to the exact answers on one minibatch, and the bounds to the evidence and to all minibatches."""
+    rows = program.choose("minibatch", minibatches(program))
+    for k in sorted({1, largest_k(program)}):
+        exact = Exact(program, k, rows)
+        answers = Answers(exact)
+        found = sorted(cases(program, k), key=lambda case: program.number("case", case.name))
+        for case in found[: room if k > 1 else room // 2]:
+            check_case(case, answers)
+    if program.is_gaussian and program.scale in ("", "all"):
+        evidence = gaussian_evidence(program)
+        assert Exact(program, 1).expected("elbo")[0] <= evidence + 1e-9  # of second degree: exact with two nodes
+        whole = Exact(program, k)
+        if whole.tolerance:
+            assert whole.expected("iwae")[0] <= evidence + whole.tolerance
+    if not is_subsampled_inside(program):
+        check_bounds(program, k, rows)
+        check_minibatches(program, k)
+
+
+def check_bounds(program, k, rows):
+    """Hold a loss's expected values to the evidence, and to those with fewer particles."""
+    if program.scale in ("kl", "obs"):  # annealed: what weighs the combinations would stand inside the log
+        return
+    nodes = Exact(program, k, rows).nodes
+    values = []
+    for fewer in range(1, k + 1):
+        exact = Exact(program, fewer, rows, nodes=nodes)
+        values.append(expected_value(IWAE_ELBO(fewer, max_plate_nesting=program.nesting + 1), exact))
+        assert close(values[-1], exact.expected("iwae")[0], 1e-8), f"IWAE, K = {fewer}: {values[-1]}"
+    chain = [*values, exact.evidence()]
+    assert all(low <= high + 1e-9 for low, high in zip(chain, chain[1:], strict=False)), f"not in order: {chain}"
+
+
+def check_minibatches(program, k):
+    """Average value and gradient over all minibatches, and compare with those on all rows."""
+    batches = minibatches(program)
+    if len(batches) == 1:
+        return
+    whole = Exact(program, k)
+    nodes, tolerance = whole.nodes, whole.tolerance
+    those = [c for c in cases(program, k) if c.follows == c.bound and (tolerance or not c.integrates)]
+    those = [c for c in those if not refusal(c, whole)]
+    if not those:
+        return
+    case = program.choose("minibatch case", those)
+    value, gradient = whole.expected(case.bound)
+    parts = [Exact(program, k, rows, nodes=nodes) for rows in batches]
+    exact = [part.expected(case.bound)[0] for part in parts]
+    assert close(sum(exact) / len(exact), value, 1e-8)
+    found = [
+        Found(case.make(max_plate_nesting=program.nesting + 1), part, case.calls, case.enumerated) for part in parts
+    ]
+    for name, slope in gradient.items():
+        mean = sum(f.gradient[name] for f in found) / len(found)
+        assert close(mean, slope, tolerance if case.integrates else 1e-8), (
+            f"{case.name}: gradient in {name} over minibatches {mean}, on all rows {slope}"
+        )
+
+
+SETTINGS = settings(
+    database=None,
+    deadline=None,
+    derandomize=True,
+    print_blob=False,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def run(kind, examples, shard, room=6):
+    """Check distinct programs; one met again is passed over."""
+    passed = set()
+
+    def one(program):
+        if repr(program) not in passed:
+            note(str(program))
+            check(program, room)
+            passed.add(repr(program))
+
+    seed(shard)(settings(SETTINGS, max_examples=examples)(given(programs(KINDS[kind]))(one)))()
+    return len(passed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_programs_are_exact(kind):
+    assert run(kind, 16, 0) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(1, 22))
+def test_two_thousand_random_programs_are_exact(shard):
+    """At least 100 a shard, so 2100 in all."""
+    assert run(list(KINDS)[shard % 3], 140, shard, room=8) >= 100
+
+
+def test_a_value_that_is_only_kept_has_no_elements_to_sum():
+    """`pyro.deterministic` has no density: it makes no cost, and no plate too small for one."""
+
+    def model():
+        with pyro.plate("rows", 4, 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.4)))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    def guide():
+        with pyro.plate("rows", 4, 2):
+            z = pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(0.5))))
+            pyro.deterministic("half", z / 2)
+
+    assert ScoreFunction_ELBO(2).explain(model, guide)["z"].downstream == ("x", "z")
+    assert math.isfinite(ScoreFunction_ELBO(2).loss_and_grads(model, guide))
