@@ -145,7 +145,7 @@ def dependencies(
     log_prob: dict[Key, frozenset[str]] = {}
     for origin, trace, looks in (("guide", traces.guide, in_guide), ("model", traces.model, in_model)):
         for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
+            if site["type"] != "sample" or site_is_subsample(site) or site["infer"].get("_deterministic"):
                 continue
             outside = get_provenance([site["mask"], site["scale"]]) | looks.before.get(name, frozenset())
             plain = detach_provenance(site["value"])
