@@ -204,6 +204,7 @@ def test_fit_takes_compiled_steps(tmp_path):
         np.testing.assert_allclose(losses, found["own loop"][0], rtol=1e-9)
         for key, value in values.items():
             torch.testing.assert_close(value, found["own loop"][1][key])
+    assert len(set(found["own loop"][0])) == 20  # without noise, so that all steps moved
 
 
 @pytest.mark.parametrize("how", ["loop", "graph"])
