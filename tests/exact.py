@@ -275,10 +275,11 @@ def wake_phi(program, num_particles, rows, kept, nodes):
 class Prescribed(Messenger):
     """Makes sites and subsampled plates draw what an :class:`Exact` sums over, by particle if they are run in turn."""
 
-    def __init__(self, exact, vectorized):
+    def __init__(self, exact, vectorized=True, only_rows=False):
         super().__init__()
         self.exact, self.in_turn = exact, not vectorized or exact.num_particles == 1
         self.runs = {}
+        self.drawn = {} if only_rows else exact.drawn
 
     def _pyro_sample(self, msg):
         name = msg["name"]
@@ -286,8 +287,8 @@ class Prescribed(Messenger):
             return
         if name in self.exact.rows:
             msg["value"] = self.exact.rows[name]
-        elif name in self.exact.drawn:
-            value = self.exact.drawn[name]
+        elif name in self.drawn:
+            value = self.drawn[name]
             if self.in_turn:
                 run = self.runs[name] = self.runs.get(name, -1) + 1
                 value = value[run % self.exact.num_particles]
@@ -309,7 +310,7 @@ class Found:
         program = exact.program
         model, guide = program.pair(exact.size, enumerated)
         with pyro.get_param_store().scope(), Prescribed(exact, elbo.vectorize_particles):
-            _set_params(exact)
+            _set_params(exact, exact.size)
             for _ in range(calls):
                 params = {name: pyro.param(name) for name in exact.params}
                 for param in params.values():
@@ -327,11 +328,22 @@ def expected_value(elbo, exact):
     model, guide = exact.program.pair(exact.size)
     scale = exact.probability.reshape(-1, *[1] * exact.program.nesting)
     with pyro.get_param_store().scope(), Prescribed(exact, getattr(elbo, "vectorize_particles", True)):
-        _set_params(exact)
+        _set_params(exact, exact.size)
         return -elbo.loss(poutine.scale(model, scale=scale), poutine.scale(guide, scale=scale))
 
 
-def _set_params(exact):
-    shape = (exact.size, *[1] * exact.program.nesting)
+def sampled_gradient(elbo, exact, replicates):
+    """Gradients that a loss with random numbers of its own gives on a minibatch, ``[replicates]`` by parameter."""
+    model, guide = exact.program.pair(replicates)
+    with pyro.get_param_store().scope(), Prescribed(exact, only_rows=True), torch.random.fork_rng():
+        torch.manual_seed(exact.program.seed)
+        _set_params(exact, replicates)
+        elbo.loss_and_grads(model, guide)
+        params = {name: pyro.param(name) for name in exact.params}
+        return {name: torch.zeros(1) if p.grad is None else -p.grad.flatten() for name, p in params.items()}
+
+
+def _set_params(exact, replicates):
+    shape = (replicates, *[1] * exact.program.nesting)
     for name, value in exact.params.items():
         pyro.param(name, value.detach().expand(shape).clone())

@@ -213,11 +213,13 @@ class Program:
         return self.column(plate, rows[plate.name] != left_out)
 
     def observed_mask_of(self, site, rows):
-        """Elements of an observed site that were seen."""
-        seen = self._once(
-            f"seen {site.name}", lambda: self.table(site, lambda i: i > 0 and self.number("seen", site.name, i) > -0.4)
-        )
-        return self.rows_of(seen, site, rows)
+        """Elements of an observed site that were seen; the latent site of those that were not has the same name."""
+        name = site.name.removesuffix("_unobserved")
+
+        def draw(i):
+            return i > 0 and self.number("seen", name, i) > -0.4
+
+        return self.rows_of(self._once(f"seen {name}", lambda: self.table(site, draw)), site, rows)
 
     def site_scale(self, observed):
         return {"kl": 1.0 if observed else 0.6, "obs": 1.7 if observed else 1.0}.get(self.scale, 1.0)
