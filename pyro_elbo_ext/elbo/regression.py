@@ -25,13 +25,13 @@ class Regression_ELBO(ScoreFunction_ELBO):
     .. math:: \nabla_m \mathrm{ELBO} = \mathrm{Cov}(T, T)^{-1} \, \mathrm{Cov}(T, \log p - \log q)
 
     with both covariances from the same particles, so exact where the log-density is linear in the sites' statistics T,
-    and unbiased elsewhere: what is not linear takes the score function. In conjugate models one
-    :class:`~pyro_elbo_ext.NaturalGradient` step with ``lr=1`` lands on the posterior. It needs no derivative of the
-    model, and takes normal, multivariate normal, gamma, beta, Dirichlet, exponential, Bernoulli, categorical and
-    Wishart sites that descend from no other, each with what is downstream of it and each plate element by itself;
-    sites in the same plates jointly, where there are twice as many particles as statistics. Other sites take a path,
-    or the plain score with a baseline. Costs one run of the pair and, at a site with n statistics, :math:`O(K n^2)`.
-    The gradient is an ordinary one: any optimiser takes it.
+    and unbiased elsewhere with two particles more than statistics: what is not linear takes the score function. In
+    conjugate models one :class:`~pyro_elbo_ext.NaturalGradient` step with ``lr=1`` lands on the posterior. It needs no
+    derivative of the model, and takes normal, multivariate normal, gamma, beta, Dirichlet, exponential, Bernoulli,
+    categorical and Wishart sites that descend from no other, each with what is downstream of it and each plate element
+    by itself; sites in the same plates jointly, where there are twice as many particles as statistics. Other sites
+    take a path, or the plain score with a baseline. Costs one run of the pair and, at a site with n statistics,
+    :math:`O(K n^2)`. The gradient is an ordinary one: any optimiser takes it.
 
     Args:
         num_particles: K. Twice the number of a plate element's statistics is a good choice, one more than those of its

@@ -181,5 +181,7 @@ def least_squares(x: Tensor, y: Tensor, ridge: Tensor) -> Fit:
     q = q[..., :rows, :]
     line = q.mT @ y
     errors = left_out(y - q @ line, 1 / rows + q.square().sum(-1, keepdim=True))
+    if rows == x.shape[-1] + 1:  # no others to fit: where a ridge would decide what they predict, the line is taken
+        errors = torch.where(ridge.max() < DISCRETE_RIDGE, 0.0, errors)
     slopes = torch.linalg.solve_triangular(r, line - q.mT @ errors / rows, upper=True) / scale.mT
     return Fit(slopes, errors)
