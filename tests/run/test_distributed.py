@@ -52,7 +52,9 @@ def passed(processes, name):
         assert found["ok"], f"rank {rank}: {found['text']}"
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.convergence if "_lands_on_" in name else ()) for name in CHECKS]
+)
 def test_two_processes(processes, name):
     passed(processes, name)
 
