@@ -1,8 +1,10 @@
 """The conformance suite, run on this package's classes and on ones known to be wrong."""
 
+import importlib
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -387,6 +389,18 @@ def test_linear_vae_reaches_the_closed_form_optimum():
     end = -sum(svi.evaluate_loss() for _ in range(200)) / 200 / num
     assert start < optimum - 1
     assert end == pytest.approx(optimum, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_table_of_pyros_own_classes_shows_what_is_known(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script = importlib.import_module("conformance")
+    file = tmp_path / "table.md"
+    assert script.main(["--quick", "--only", "Pyro", "--markdown", str(file)]) == 0
+    text = file.read_text()
+    assert text.count(": shown by C") == len(script.KNOWN)
+    assert script.main(["--quick", "--only", "IWAE"]) == 0
+    assert "Failing rows: none." in capsys.readouterr().out
 
 
 SLOPES = {"pathwise": (-0.6, -0.4), "dreg": (-1.7, -1.3), "vimco": (-0.65, -0.4), "ovis": (-1.8, -1.3)}

@@ -34,7 +34,7 @@ def belief(c: Claims) -> list[Check]:
     known = _known(c, elbo, values, k)
     if known is None:
         return [Check("belief network, summed over all states", None, UNKNOWN)]
-    estimated = c.gradient if known is BOUNDS["iwae"] or c.gradient is None else "bound"
+    estimated = c.gradient if known is BOUNDS["iwae"] or c.gradient == "bound" else None  # rws is IWAE's alone
     value, exact = enumerated_gradient(belief_network, BELIEF_STATES, known, k, estimated or "bound")
     checks = [compare("belief network, value", values, value)]
     for name, expected in exact.items():

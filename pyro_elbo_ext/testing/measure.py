@@ -88,7 +88,7 @@ def compare(name: str, sample: Tensor, expected: float, rounding: float = 1e-6) 
     """Return whether a sample's mean is within four standard errors of what is expected."""
     z = z_score(sample, expected, rounding)
     mean, error = float(sample.mean()), _error(sample)
-    detail = f"{mean:.5f}, exact {expected:.5f}, z = {z:.1f}"
+    detail = f"{mean:.5f}, exact {expected:.5f}, z = {_short(z)}"
     return Check(name, z < 4, detail, found=mean, error=error, expected=expected)
 
 
@@ -97,8 +97,13 @@ def agree(name: str, sample: Tensor, other: Tensor, rounding: float = 1e-6) -> C
     mean, reference = float(sample.mean()), float(other.mean())
     error = math.hypot(_error(sample), _error(other))
     z = max(abs(mean - reference) - rounding, 0.0) / max(error, 1e-15)
-    detail = f"{mean:.4f}, expected {reference:.4f}, z = {z:.1f}"
+    detail = f"{mean:.4f}, expected {reference:.4f}, z = {_short(z)}"
     return Check(name, z < 5, detail, found=mean, error=error, expected=reference)
+
+
+def _short(z: float) -> str:
+    """Return a z-score's text; where nothing varies, any distance is infinitely many standard errors."""
+    return "inf" if z > 1e6 else f"{z:.1f}"
 
 
 def _error(sample: Tensor) -> float:
