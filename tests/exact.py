@@ -45,17 +45,18 @@ def all_rows(program):
 
 
 class Exact:
-    """A program with ``num_particles`` on one minibatch."""
+    """A program with ``num_particles`` on one minibatch; the particles have one draw of ``shared`` sites in common."""
 
-    def __init__(self, program, num_particles, rows=None, kept=None, nodes=None, detached=False):
-        self.program, self.num_particles = program, num_particles
+    def __init__(self, program, num_particles, rows=None, kept=None, nodes=None, detached=False, shared=()):
+        self.program, self.num_particles, self.shared = program, num_particles, frozenset(shared)
         self.rows = rows or all_rows(program)
         self.kept = program.common_plates if kept is None else kept
         self.params = {name: torch.tensor(value, requires_grad=True) for name, value in program.start().items()}
         self.detached = detached
         self._digits = self._count_digits()
-        discrete = math.prod(base for _, _, base in self._digits if base) ** num_particles
-        continuous = sum(not base for _, _, base in self._digits) * num_particles
+        counts = [(1 if name in self.shared else num_particles, base) for name, _, base in self._digits]
+        discrete = math.prod(base**count for count, base in counts if base)
+        continuous = sum(count for count, base in counts if not base)
         self.nodes = nodes or max(2, min(20, int((CAP / discrete) ** (1 / continuous) + 1e-9) if continuous else 1))
         self.size = discrete * self.nodes**continuous
         self.continuous = continuous > 0
@@ -89,14 +90,14 @@ class Exact:
         self._log_nodes = torch.zeros(self.size)
         for name, _, base in self._digits:
             picked = []
-            for _ in range(self.num_particles):
+            for _ in range(1 if name in self.shared else self.num_particles):
                 digit = index // stride % (base or self.nodes)
                 stride *= base or self.nodes
                 if not base:
                     self._log_nodes += (weights / weights.sum()).log()[digit]
                     digit = nodes[digit]
                 picked.append(digit.to(torch.get_default_dtype()))
-            columns[name].append(torch.stack(picked))
+            columns[name].append(torch.stack(picked).expand(self.num_particles, -1))
         found = {}
         for name, parts in columns.items():
             site = self.program.drawn[name]
@@ -188,7 +189,7 @@ class Exact:
         total = 0.0
         dims = [plate.dim for plate in self.program.plates if plate.name not in self.kept]
         for term in terms:
-            if not self._is_constant(term[1]):
+            if not self._is_constant(term[1]) or self.shared:
                 value = sign(term) * self._scale(term[1]) * term[3]
                 total = total + (value.sum(dims, keepdim=True) if dims else value)
         return total
@@ -207,6 +208,17 @@ class Exact:
             return total
         value = BOUNDS[bound](self.log_weights) * self.outside
         return value.reshape(self.size, -1).sum(-1) + self.constant
+
+    def local_value(self):
+        """The log-mean-exp inside the kept plates, all else averaged, at every combination."""
+        inside = [term for term in self.terms if self.kept <= set(term[1].plates)]
+        log_w = self._weigh(lambda t: 1 if t[0] == "model" else -1, inside)
+        total = (BOUNDS["iwae"](log_w) * self.outside).reshape(self.size, -1).sum(-1)
+        for term in self.terms:
+            if not any(term is one for one in inside):
+                scale = self.program.factor * self._factor(term[1].plates) * (1 if term[0] == "model" else -1)
+                total = total + scale * term[3][0].reshape(self.size, -1).sum(-1)
+        return total
 
     @cached_property
     def constant(self):
@@ -277,7 +289,8 @@ class Prescribed(Messenger):
 
     def __init__(self, exact, vectorized=True, only_rows=False):
         super().__init__()
-        self.exact, self.in_turn = exact, not vectorized or exact.num_particles == 1
+        self.exact = exact
+        self.in_turn = not exact.shared and (not vectorized or exact.num_particles == 1)  # local ones never are
         self.runs = {}
         self.drawn = {} if only_rows else exact.drawn
 
@@ -292,6 +305,8 @@ class Prescribed(Messenger):
             if self.in_turn:
                 run = self.runs[name] = self.runs.get(name, -1) + 1
                 value = value[run % self.exact.num_particles]
+            elif self.exact.shared:  # local particles lie left of the one global particle
+                value = value[0] if name in self.exact.shared else value.unsqueeze(1)
             if self.exact.program.drawn[name].kind not in DISCRETE:
                 value = msg["fn"].loc + msg["fn"].scale * value
                 value = value if msg["fn"].has_rsample else value.detach()

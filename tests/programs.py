@@ -320,25 +320,28 @@ class Program:
 
 
 @st.composite
-def programs(draw, kinds=("bernoulli", "categorical"), room=3000):
+def programs(draw, kinds=("bernoulli", "categorical"), room=4200):
     """Draw a program whose latent sites are of some kinds, small enough to sum over two particles' draws."""
-    count = draw(st.sampled_from([1, 2, 0]))
+    count = draw(st.sampled_from([1, 2, 1, 2, 0]))
     sizes = [draw(st.sampled_from([2, 3, 1])), draw(st.sampled_from([2, 1]))][:count]
     names = ["a", "b"][:count]
     homes = [(), ("a",), ("a", "b")][: count + 1]
     if count == 2 and draw(st.booleans()):  # crossed rather than nested
         homes.append(("b",))
-    home = st.sampled_from(homes[::-1])
+    inner = [home for home in homes if "a" in home] or homes
+    shape = draw(st.sampled_from(["common plate", "global and local", "free"]))
+    home = st.sampled_from(homes[::-1] if shape == "free" else inner)
+    first = st.just(()) if shape == "global and local" else home
 
     def some_of(earlier):
         return tuple(name for name in earlier if draw(st.booleans()))
 
     latents = [
-        Latent(f"z{i}", draw(home), draw(st.sampled_from(kinds)), some_of([f"z{j}" for j in range(i)]))
-        for i in range(draw(st.integers(1, 3)))
+        Latent(f"z{i}", draw(home if i else first), draw(st.sampled_from(kinds)), some_of([f"z{j}" for j in range(i)]))
+        for i in range(draw(st.sampled_from([2, 1, 3])))
     ]
     order = [site.name for site in latents]
-    if draw(st.booleans()):
+    if shape != "global and local" and draw(st.booleans()):
         order.reverse()
     above = {name: some_of(order[:i]) for i, name in enumerate(order)}
     latents = [replace(site, guide_parents=above[site.name]) for site in latents]
@@ -354,10 +357,10 @@ def programs(draw, kinds=("bernoulli", "categorical"), room=3000):
     summed = set().union(*whole.summed.values())
     plates = []
     for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        batch = size if name in summed else draw(st.sampled_from(range(size, 0, -1)))
+        batch = size if name in summed else draw(st.sampled_from(range(1, size + 1)))
         plates.append(Plate(name, size, batch, -1 - i))
     rows = [plate.name for plate in plates if plate.size > 1 and plate.name not in summed]
-    row_mask = draw(st.sampled_from(["", "", *rows]))
+    row_mask = draw(st.sampled_from(["", *rows]))
     if row_mask and not discrete:  # two masks that differ are refused by "dreg", even one inside the other
         observed = [replace(site, mask="") for site in observed]
     program = Program(tuple(plates), tuple(latents), tuple(observed), tuple(order), scale, row_mask)
