@@ -13,8 +13,8 @@ Each check belongs to one of thirteen :data:`IDENTITIES`, C1 to C13, and carries
     python -m pyro_elbo_ext.testing module:ClassName [--arg NAME=VALUE] [--bound iwae|elbo] [--json FILE] ...
 
 prints the table of a class that takes ``num_particles``. Which bound it is, and what its gradient estimates, is found
-out from values unless said. It exits with 0 only if value against evidence, gradient against enumeration and minibatches
-ran and held, and nothing else failed; with 1 if not; with 2 on bad input.
+out from values unless said. It exits with 0 only if value against evidence, gradient against enumeration and
+minibatches ran and held, and nothing else failed; with 1 if not; with 2 on bad input.
 
 The golden values are those of z ~ N(0, 1), x ~ N(z, 1), x = 1.5 and q = N(0.2, 0.9^2), by 80-node Gauss-Hermite
 quadrature. The slopes are those of Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018,
