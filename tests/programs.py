@@ -388,3 +388,128 @@ def _fitted(program, room):
         else:
             break
     return program
+
+
+_A, _A3, _B = Plate("a", 2, 2, -1), Plate("a", 3, 2, -1), Plate("b", 2, 1, -2)
+
+# One for each trap, met whatever hypothesis draws.
+KNOWN = {
+    "two layers": Program(
+        (_A,),
+        (Latent("z0", ("a",), "normal"), Latent("z1", ("a",), "normal", ("z0",), ("z0",))),
+        (Observed("x0", ("a",), "normal", ("z1",)),),
+        ("z0", "z1"),
+        seed=5,
+    ),
+    "nested plates, minibatches": Program(
+        (_A3, _B),
+        (Latent("z0", ("a", "b"), "bernoulli"),),
+        (Observed("x0", ("a", "b"), "normal", ("z0",), "poutine"),),
+        ("z0",),
+        "all",
+        seed=1,
+    ),
+    "an observation outside": Program(
+        (_A,),
+        (Latent("z0", ("a",), "categorical"), Latent("z1", ("a",), "bernoulli", ("z0",), ("z0",))),
+        (Observed("x0", (), "normal", ("z0",)), Observed("x1", ("a",), "bernoulli", ("z1",))),
+        ("z0", "z1"),
+        seed=2,
+    ),
+    "rows masked, annealed": Program(
+        (Plate("a", 3, 3, -1),),
+        (Latent("z0", ("a",), "bernoulli"), Latent("z1", ("a",), "bernoulli", ("z0",), ("z0",))),
+        (Observed("x0", ("a",), "normal", ("z1",)),),
+        ("z0", "z1"),
+        "kl",
+        "a",
+        seed=3,
+    ),
+    "partly observed": Program(
+        (_A3,),
+        (Latent("z0", ("a",), "bernoulli"),),
+        (Observed("x0", ("a",), "bernoulli", ("z0",), "obs_mask"), Observed("x1", ("a",), "normal", ("z0",))),
+        ("z0",),
+        seed=4,
+    ),
+    "global and local": Program(
+        (Plate("a", 3, 1, -1),),
+        (Latent("z0", (), "normal"), Latent("z1", ("a",), "normal", ("z0",), ("z0",))),
+        (Observed("x0", ("a",), "normal", ("z1", "z0")),),
+        ("z0", "z1"),
+        seed=6,
+    ),
+    "bits below a normal": Program(
+        (_A,),
+        (Latent("z0", ("a",), "normal"), Latent("z1", ("a",), "bernoulli", ("z0",), ("z0",))),
+        (Observed("x0", ("a",), "normal", ("z1", "z0")),),
+        ("z0", "z1"),
+        seed=7,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Conjugate:
+    """Rows that each have a latent of a conjugate family, and its posterior, with all concentrations times a factor."""
+
+    family: str  # "gamma", "beta" or "dirichlet"
+    size: int
+    rows: tuple
+    seed: int
+
+    def prior(self):
+        at = [random.Random(f"{self.seed} {i}").uniform(0.7, 3.0) for i in range(3)]
+        if self.family == "dirichlet":
+            return dist.Dirichlet(torch.tensor(at))
+        return (dist.Gamma if self.family == "gamma" else dist.Beta)(torch.tensor(at[0]), torch.tensor(at[1]))
+
+    def data(self):
+        most = {"gamma": 6, "beta": 1, "dirichlet": 2}[self.family]
+        return torch.tensor([random.Random(f"{self.seed} data {i}").randint(0, most) for i in range(self.size)])
+
+    def evidence(self):
+        """Log-probability of each row."""
+        prior, x = self.prior(), self.data()
+        if self.family == "dirichlet":
+            return (prior.concentration / prior.concentration.sum())[x].log()
+        if self.family == "beta":
+            return dist.Bernoulli(prior.concentration1 / (prior.concentration1 + prior.concentration0)).log_prob(
+                1.0 * x
+            )
+        a, b = prior.concentration, prior.rate
+        return torch.lgamma(a + x) - torch.lgamma(a) - torch.lgamma(x + 1) + a * (b / (b + 1)).log() - x * (b + 1).log()
+
+    def posterior(self, factor):
+        """Distribution of the rows of the minibatch; ``factor`` broadcasts with them."""
+        prior, x = self.prior(), self.data()[list(self.rows)]
+        if self.family == "dirichlet":
+            return dist.Dirichlet((prior.concentration + torch.eye(3)[x]) * factor.unsqueeze(-1))
+        if self.family == "beta":
+            return dist.Beta((prior.concentration1 + x) * factor, (prior.concentration0 + 1 - x) * factor)
+        return dist.Gamma((prior.concentration + x) * factor, (prior.rate + 1) * factor)
+
+    def pair(self, replicates):
+        """Return model and guide, inside a plate of replicates that have a factor of their own."""
+        rows, outer = torch.tensor(self.rows), pyro.plate(REPLICATES, replicates, dim=-2)
+        likelihood = {"gamma": dist.Poisson, "beta": dist.Bernoulli, "dirichlet": dist.Categorical}[self.family]
+
+        def model():
+            with outer, pyro.plate("rows", self.size, subsample=rows):
+                z = pyro.sample("z", self.prior())
+                pyro.sample("x", likelihood(z), obs=self.data()[rows].to(torch.get_default_dtype()))
+
+        def guide():
+            factor = pyro.param("factor")
+            with outer, pyro.plate("rows", self.size, subsample=rows):
+                pyro.sample("z", self.posterior(factor))
+
+        return model, guide
+
+
+@st.composite
+def conjugates(draw):
+    size = draw(st.integers(1, 4))
+    rows = draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size, unique=True))
+    family = draw(st.sampled_from(["gamma", "beta", "dirichlet"]))
+    return Conjugate(family, size, tuple(rows), draw(st.integers(0, 2**16)))
