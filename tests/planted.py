@@ -27,6 +27,8 @@ IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "de
 LIMIT = 1200  # seconds that one run of pytest may take
 NO_FAILURE = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError", "UnboundLocalError")
 
+OWN = ("assert ", "AssertionError", "Failed")  # how the failure of a claim begins, and no error or warning
+
 # A plugin of pytest in the copy: it refuses another package than the copy's, and takes down what each test did.
 WITNESS = """
 import json
@@ -447,12 +449,16 @@ def judge(plant: Plant, root: Path) -> tuple[bool, str]:
 
 
 def judge_file(copy: Path, file: str) -> list[tuple[bool, str]]:
-    """Run a file's tests of convergence, and tell of each whether it failed."""
+    """Run a file's tests of convergence, and tell of each whether its claim failed, not something else."""
     result = run_tests(copy, [file], "-m", "convergence")
-    failed = {report.test for report in result.failed}
-    met = dict.fromkeys(report.test for report in result.reports if report.outcome != "skipped")
-    broken = {r.test: r for r in result.reports if r.when != "call" and r.outcome != "passed"}
-    found = [(test in failed and test not in broken, test) for test in met]
+    last: dict[str, Report] = {}
+    for report in (r for r in result.reports if r.outcome != "skipped"):
+        if report.test not in last or report.outcome != "passed":
+            last[report.test] = report
+    found = []
+    for test, report in last.items():
+        fails = (report.when, report.outcome) == ("call", "failed") and report.error.startswith(OWN)
+        found.append((fails, test if fails or report.outcome == "passed" else f"{test}: {report.error[:200]}"))
     return found or [(False, f"{file}: no test was run, pytest ended with {result.status}: {result.output}")]
 
 
@@ -488,7 +494,7 @@ def show_inert(inert: Sequence[Plant], root: Path, jobs: int) -> bool:
     with copied(root, inert) as copy, ThreadPoolExecutor(jobs) as pool:
         for fails, test in (one for part in pool.map(lambda file: judge_file(copy, file), files) for one in part):
             failed, total = failed + fails, total + 1
-            _say(f"{'fails ' if fails else 'PASSES'}  {test}")
+            _say(f"{'fails ' if fails else 'MISSED'}  {test}")
     _say(f"without steps {failed} of {total} tests of convergence fail")
     return 0 < total == failed
 

@@ -326,8 +326,9 @@ def test_single_precision_is_enough_for_easy_posteriors():
     torch.set_default_dtype(torch.float32)
     model, mean, covariance, _ = regression(columns=(1.0, 2.0, 0.5))
     result = autofit(model, seed=0, **QUICK)
+    assert result.trusted
     draws = result.posterior(4000, seed=0)["beta"]
-    assert result.trusted and draws.dtype == torch.float32
+    assert draws.dtype == torch.float32
     assert ((draws.mean(0) - mean).abs() / covariance.diagonal().sqrt() < 0.1).all()
 
 

@@ -18,6 +18,8 @@ VERSION = 1
 """
 
 TESTS = """
+import warnings
+
 import pytest
 from pyro_elbo_ext import step, twice
 
@@ -55,6 +57,12 @@ def test_it_gets_there(start):
 @pytest.mark.convergence
 def test_it_claims_to_move():
     assert step(1) >= 1
+
+
+@pytest.mark.convergence
+def test_it_warns():
+    if step(1) == 1:
+        warnings.warn("it stands still")
 """
 
 
@@ -72,15 +80,9 @@ def root(tmp_path):
     for path, text in {"pyro_elbo_ext/__init__.py": PACKAGE, "tests/test_toy.py": TESTS}.items():
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(text)
-    settings = "[tool.pytest.ini_options]\naddopts = \"-m 'not slow' --strict-markers\"\n"
+    settings = "[tool.pytest.ini_options]\naddopts = \"-m 'not slow' --strict-markers\"\nfilterwarnings = ['error']\n"
     (tmp_path / "pyproject.toml").write_text(f'{settings}markers = ["slow: long", "convergence: gets there"]\n')
     return tmp_path
-
-
-def without_weak_claims(root):
-    """Take out the test that steps which do nothing would pass."""
-    path = root / "tests/test_toy.py"
-    path.write_text(path.read_text().replace("step(1) >= 1", "step(1) > 1.5"))
 
 
 @pytest.mark.parametrize("plant", [*PLANTS, *INERT], ids=lambda plant: plant.name)
@@ -96,7 +98,7 @@ def test_bugs_have_names_of_their_own():
 
 def test_all_is_proved(root, capsys):
     path = root / "tests/test_toy.py"
-    path.write_text(path.read_text().replace("step(1) >= 1", "step(1) > 1.5"))
+    path.write_text(path.read_text().replace("step(1) >= 1", "step(1) > 1.5").replace("warnings.warn", "pytest.fail"))
     assert main(["--jobs", "1"], root, [SEEN], [STILL]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "without a bug the 2 tests pass",
@@ -106,7 +108,8 @@ def test_all_is_proved(root, capsys):
         "fails   tests/test_toy.py::test_it_gets_there[0]",
         "fails   tests/test_toy.py::test_it_gets_there[5]",
         "fails   tests/test_toy.py::test_it_claims_to_move",
-        "without steps 4 of 4 tests of convergence fail",
+        "fails   tests/test_toy.py::test_it_warns",
+        "without steps 5 of 5 tests of convergence fail",
     ]
     assert (root / "pyro_elbo_ext/__init__.py").read_text() == PACKAGE
 
@@ -116,8 +119,9 @@ def test_a_bug_that_is_missed_and_a_claim_that_holds_without_steps_are_told(root
     printed = capsys.readouterr().out
     assert "MISSED  unseen  all its tests pass\ncaught  seen    tests/test_toy.py::test_twice\n" in printed
     assert "1 of 2 bugs were caught" in printed
-    assert "PASSES  tests/test_toy.py::test_it_claims_to_move" in printed
-    assert "without steps 3 of 4 tests of convergence fail" in printed
+    assert "MISSED  tests/test_toy.py::test_it_claims_to_move\n" in printed
+    assert "MISSED  tests/test_toy.py::test_it_warns: UserWarning: it stands still\n" in printed
+    assert "without steps 3 of 5 tests of convergence fail" in printed
 
 
 @pytest.mark.parametrize(
