@@ -416,6 +416,13 @@ KNOWN = {
         ("z0", "z1"),
         seed=2,
     ),
+    "rows joined by a latent outside": Program(
+        (_A,),
+        (Latent("z0", (), "bernoulli", (), ("z1",)), Latent("z1", ("a",), "bernoulli", ("z0",))),
+        (Observed("x0", ("a",), "normal", ("z0",)),),
+        ("z1", "z0"),
+        seed=8,
+    ),
     "rows masked, annealed": Program(
         (Plate("a", 3, 3, -1),),
         (Latent("z0", ("a",), "bernoulli"), Latent("z1", ("a",), "bernoulli", ("z0",), ("z0",))),
