@@ -27,7 +27,7 @@ IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "de
 LIMIT = 1200  # seconds that one run of pytest may take
 NO_FAILURE = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError", "UnboundLocalError")
 
-OWN = ("assert ", "AssertionError", "Failed")  # how the failure of a claim begins, and no error or warning
+OWN = ("assert ", "AssertionError", "Failed")  # how what a test says of its own begins
 
 # A plugin of pytest in the copy: it refuses another package than the copy's, and takes down what each test did.
 WITNESS = """
@@ -46,9 +46,9 @@ def pytest_configure(config):
 
 def pytest_runtest_logreport(report):
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = "" if crash is None else crash.message
+    message, path = ("", "") if crash is None else (crash.message, str(crash.path))
     with open(os.environ["PLANTED_REPORTS"], "a") as file:
-        file.write(json.dumps([report.nodeid, report.when, report.outcome, message]) + "\\n")
+        file.write(json.dumps([report.nodeid, report.when, report.outcome, message, path]) + "\\n")
 """
 
 
@@ -63,12 +63,20 @@ class Plant(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What pytest says of one phase of one test."""
+    """What pytest says of one phase of one test; of a failure, what it was, and the file where."""
 
     test: str
     when: str
     outcome: str
     error: str
+    path: str
+
+    @property
+    def is_claim(self) -> bool:
+        """Tell whether an assertion of the test failed, or the package refused; not what others warn of."""
+        if (self.when, self.outcome) != ("call", "failed") or self.error.startswith(NO_FAILURE):
+            return False
+        return self.error.startswith(OWN) or "/copy/pyro_elbo_ext/" in self.path
 
 
 class Result(NamedTuple):
@@ -457,8 +465,8 @@ def judge_file(copy: Path, file: str) -> list[tuple[bool, str]]:
             last[report.test] = report
     found = []
     for test, report in last.items():
-        fails = (report.when, report.outcome) == ("call", "failed") and report.error.startswith(OWN)
-        found.append((fails, test if fails or report.outcome == "passed" else f"{test}: {report.error[:200]}"))
+        told = test if report.is_claim or report.outcome == "passed" else f"{test}: {report.error[:200]}"
+        found.append((report.is_claim, told))
     return found or [(False, f"{file}: no test was run, pytest ended with {result.status}: {result.output}")]
 
 

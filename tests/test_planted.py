@@ -10,6 +10,11 @@ def step(x):
     return x + 1
 
 
+def trusted(x):
+    if x < 1:
+        raise ValueError("not to be trusted")
+
+
 def twice(x):
     return 2 * x
 
@@ -21,7 +26,7 @@ TESTS = """
 import warnings
 
 import pytest
-from pyro_elbo_ext import step, twice
+from pyro_elbo_ext import step, trusted, twice
 
 
 @pytest.fixture
@@ -63,6 +68,11 @@ def test_it_claims_to_move():
 def test_it_warns():
     if step(1) == 1:
         warnings.warn("it stands still")
+
+
+@pytest.mark.convergence
+def test_it_is_trusted():
+    trusted(step(0))
 """
 
 
@@ -109,7 +119,8 @@ def test_all_is_proved(root, capsys):
         "fails   tests/test_toy.py::test_it_gets_there[5]",
         "fails   tests/test_toy.py::test_it_claims_to_move",
         "fails   tests/test_toy.py::test_it_warns",
-        "without steps 5 of 5 tests of convergence fail",
+        "fails   tests/test_toy.py::test_it_is_trusted",
+        "without steps 6 of 6 tests of convergence fail",
     ]
     assert (root / "pyro_elbo_ext/__init__.py").read_text() == PACKAGE
 
@@ -121,7 +132,7 @@ def test_a_bug_that_is_missed_and_a_claim_that_holds_without_steps_are_told(root
     assert "1 of 2 bugs were caught" in printed
     assert "MISSED  tests/test_toy.py::test_it_claims_to_move\n" in printed
     assert "MISSED  tests/test_toy.py::test_it_warns: UserWarning: it stands still\n" in printed
-    assert "without steps 3 of 5 tests of convergence fail" in printed
+    assert "without steps 4 of 6 tests of convergence fail" in printed
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,7 @@ STALE = {
     "twice": (
         "x",
         "tests/test_toy.py::test_weak",
-        "its text stands 4 times in .*__init__.py, expected once",
+        "its text stands 6 times in .*__init__.py, expected once",
     ),
     "test": ("2 * x", "tests/test_toy.py::test_twi", "there is no test tests/test_toy.py::test_twi. Name the one that"),
     "file": ("2 * x", "tests/test_other.py::test_weak", "there is no test tests/test_other.py::test_weak"),
