@@ -33,7 +33,7 @@ from pyro_elbo_ext.run.compiled import svi as compiled_svi
 from pyro_elbo_ext.run.compiled.call import Call
 from pyro_elbo_ext.run.compiled.graph import LossGraph, record
 from pyro_elbo_ext.run.compiled.mutation import CompileError
-from pyro_elbo_ext.run.compiled.noise import draw_at_once
+from pyro_elbo_ext.run.compiled.noise import draw_ahead, draw_at_once
 from pyro_elbo_ext.run.compiled.packages import PackageStore, fingerprint
 from pyro_elbo_ext.run.distributed.averaging import running_averages
 from pyro_elbo_ext.run.progress import Stages
@@ -457,6 +457,41 @@ def test_small_draws_are_parts_of_one():
     values = torch.cat([a, b.flatten(1), c.to(a.dtype)], 1)
     assert (values.mean(0).abs() < 4.5 / 3000**0.5).all()
     assert ((values.T @ values / 3000 - torch.eye(8)).abs() < 4.5 * 2**0.5 / 3000**0.5).all()
+
+
+def test_numbers_drawn_ahead_are_the_same_however_steps_are_divided():
+    """Those of one draw: beside another, or too many, they stay where they are."""
+
+    def beside(x):
+        return x + torch.empty(2).normal_() + torch.empty(2).uniform_()
+
+    def many(x):
+        return x + torch.empty(2000).normal_().sum()
+
+    for dtype in (torch.float32, torch.float64):
+        x = torch.zeros(20, dtype=dtype)
+        step = make_fx(lambda x: x + torch.empty(20, dtype=x.dtype).normal_())(x)
+        ahead, noise = draw_ahead(step)
+        assert (noise.width, len(step.graph.find_nodes(op="placeholder"))) == (32, 1)
+        torch.manual_seed(2)
+        rows = noise.rows(8)
+        assert rows.dtype == dtype
+        assert torch.equal(ahead(rows[3], x), rows[3][:20])
+        torch.manual_seed(2)
+        assert torch.equal(torch.cat([noise.rows(1), noise.rows(4), noise.rows(3)]), rows)
+    for function in (beside, many):
+        step = make_fx(function)(torch.zeros(2))
+        assert draw_ahead(step) == (step, None)
+
+
+def test_what_a_loop_carries_is_joined_and_comes_apart():
+    parts = [torch.rand(3), torch.rand(()), torch.tensor(4), torch.rand(2, 3).T, torch.rand(2, 1)]
+    joined = loop._Joined(parts)
+    together = joined.join(parts)
+    assert [part.shape for part in together] == [(6,), (), (3, 2)]
+    for part, again in zip(parts, joined.split(*together), strict=True):
+        torch.testing.assert_close(again, part, rtol=0, atol=0)
+        assert again.data_ptr() != part.data_ptr()
 
 
 # What a compiled call would take as it comes.

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 
+from pyro_elbo_ext.run.compiled.noise import Noise, draw_ahead
 from pyro_elbo_ext.run.compiled.packages import PackageStore, fingerprint
 from pyro_elbo_ext.run.compiled.step import Carried, Inputs
 
 __all__ = ["BLOCK", "Block", "Outcome", "compile_block"]
 
 BLOCK = 256  # steps of one call at most: the losses' buffer, and how long an interruption waits
+SMALL = 1024  # numbers of a tensor, none of which is worth keeping that can be computed again
 logger = logging.getLogger("pyro_elbo_ext")
 
 Block = Callable[[int, Inputs], "Outcome"]
@@ -100,6 +102,26 @@ def _own_code(method: Any) -> Callable:
     return types.MethodType(own, method.__self__)
 
 
+class _Joined:
+    """Tensors of the first's dtype as one: each that a loop carries costs a step an allocation."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._shapes = [part.shape for part in like]
+        self._within = [part.dtype == like[0].dtype and part.is_contiguous() for part in like]
+        self._sizes = [part.numel() for part, within in zip(like, self._within, strict=True) if within]
+
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return one vector, and the tensors that are not in it, none of them any that were given."""
+        vector = torch.cat([p.reshape(-1) for p, within in zip(parts, self._within, strict=True) if within])
+        return [vector, *(p.clone() for p, within in zip(parts, self._within, strict=True) if not within)]
+
+    def split(self, vector: Tensor, *others: Tensor) -> list[Tensor]:
+        """Return the parts that were joined, in their order."""
+        inside, outside = iter(vector.split(self._sizes)), iter(others)
+        each = zip(self._shapes, self._within, strict=True)
+        return [next(inside).view(shape) if within else next(outside) for shape, within in each]
+
+
 class _Loop(nn.Module):
     """Steps until so many were taken or one was not finite."""
 
@@ -112,48 +134,67 @@ class _Loop(nn.Module):
 
         tables, given = values[: self._num_tables], values[self._num_tables : self._num_tables + self._num_given]
         start = values[self._num_tables + self._num_given :]
-        steps = torch.arange(BLOCK, device=num.device)
+        losses = torch.zeros(BLOCK, dtype=start[0].dtype, device=num.device)
+        joined = _Joined([losses, *start])
 
-        def goes_on(count: Tensor, ok: Tensor, *_: Any) -> Tensor:
-            return (count < num) & ok
+        def goes_on(count: Tensor, *_: Tensor) -> Tensor:
+            return count < num
 
-        def body(count: Tensor, ok: Tensor, losses: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+        def body(count: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            losses, *carried = joined.split(*parts)
             entries = [table.index_select(0, count.reshape(1))[0] for table in tables]
-            loss, ok, *carried_on = self._step(*entries, *given, ok, *carried)
-            losses = torch.where(steps == count, loss, losses)
-            return (count + 1, ok, losses.clone(), *(part.clone() for part in carried_on))
+            fine = torch.ones((), dtype=torch.bool, device=num.device)
+            loss, ok, *carried = self._step(*entries, *given, fine, *carried)
+            losses = torch.where(torch.arange(BLOCK, device=num.device) == count, loss, losses)
+            count = count + torch.where(ok, 1, 1 + BLOCK)  # beyond any number of steps ends the loop
+            return (count, *joined.join([losses, *carried]))
 
         zero = torch.zeros((), dtype=torch.int64, device=num.device)
-        fine = torch.ones((), dtype=torch.bool, device=num.device)
-        losses = torch.zeros(BLOCK, dtype=start[0].dtype, device=num.device)
-        return while_loop(goes_on, body, (zero, fine, losses, *start))
+        count, *parts = while_loop(goes_on, body, (zero, *joined.join([losses, *start])))
+        return (count, *(part.clone() for part in joined.split(*parts)))
 
 
 def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> Block:
     """Load the loop, or compile it for this process and others."""
-    flat = [*inputs.tables, *inputs.given, *inputs.carried]
-    store, name = (
-        PackageStore(),
-        fingerprint(step, flat, BLOCK, len(inputs.tables), len(inputs.given), _described(_Loop.forward.__code__)),
-    )
+    step, noise = draw_ahead(step)
+    tables = [*([torch.zeros(BLOCK, noise.width, **noise.kind)] if noise else []), *inputs.tables]
+    flat = [*tables, *inputs.given, *inputs.carried]
+    options = _options(step)
+    how = BLOCK, len(tables), len(inputs.given), options, *(_described(f.__code__) for f in _SOURCES)
+    store, name = PackageStore(), fingerprint(step, flat, *how)
     call = store.load(name)
     if call is not None:
         try:
-            block = _calling(call)
+            block = _calling(call, noise)
             block(1, inputs)
             return block
         except RuntimeError:  # another's, or damaged: made anew in its place
             logger.warning("a compiled loop in %s cannot be run, and is made anew", store.folder)
     say("compiling")
-    loop = _Loop(step, len(inputs.tables), len(inputs.given))
-    return _calling(store.save(name, lambda path: _package(loop, flat, path)))
+    loop = _Loop(step, len(tables), len(inputs.given))
+    return _calling(store.save(name, lambda path: _package(loop, flat, options, path)), noise)
 
 
-def _calling(call: Callable[[list[Tensor]], list[Tensor]]) -> Block:
+_SOURCES = _Loop.forward, _Joined.__init__, _Joined.join, _Joined.split
+
+
+def _options(step: fx.GraphModule) -> dict[str, Any]:
+    """Settings of Inductor: where all tensors are small, computing a number twice costs less than keeping it."""
+    found = [node.meta.get("val") for node in step.graph.nodes]
+    if any(isinstance(value, Tensor) and value.numel() > SMALL for value in found):
+        return {}
+    return {"realize_opcount_threshold": 100, "realize_reads_threshold": 16, "realize_acc_reads_threshold": 24}
+
+
+def _calling(call: Callable[[list[Tensor]], list[Tensor]], noise: Noise | None) -> Block:
     def block(num: int, inputs: Inputs) -> Outcome:
         first = torch.tensor(num, device=inputs.carried[0].device)
-        count, ok, losses, *carried = call([first, *inputs.tables, *inputs.given, *inputs.carried])
-        return Outcome(tuple(carried), losses[: int(count)], bool(ok))
+        tables = inputs.tables
+        if noise is not None:
+            tables = (nn.functional.pad(noise.rows(num), (0, 0, 0, BLOCK - num)), *tables)
+        count, losses, *carried = call([first, *tables, *inputs.given, *inputs.carried])
+        taken = int(count)
+        return Outcome(tuple(carried), losses[: (taken - 1) % BLOCK + 1], taken <= BLOCK)
 
     return block
 
@@ -164,7 +205,7 @@ def _described(code: types.CodeType) -> tuple:
     return code.co_code, code.co_names, inside
 
 
-def _package(loop: nn.Module, example: Sequence[Tensor], path: Path) -> None:
+def _package(loop: nn.Module, example: Sequence[Tensor], options: dict[str, Any], path: Path) -> None:
     """Compile a module ahead of time."""
     from torch._inductor import aoti_compile_and_package, config  # imports for seconds
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
@@ -174,10 +215,12 @@ def _package(loop: nn.Module, example: Sequence[Tensor], path: Path) -> None:
         exported = torch.export.export(loop, (torch.tensor(1, device=example[-1].device), *example), strict=False)
     with config.patch({"aot_inductor.metadata": {}}):  # which it writes to
         try:  # trusting the compiler with the CPU's vectors, which to try out takes seconds
-            aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"cpp.vec_isa_ok": True})
+            aoti_compile_and_package(
+                exported, package_path=str(path), inductor_configs={**options, "cpp.vec_isa_ok": True}
+            )
         except (CppCompileError, InductorError):
             valid_vec_isa_list.cache_clear()
-            aoti_compile_and_package(exported, package_path=str(path))
+            aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
 def _python_loop(step: Callable) -> Block:
