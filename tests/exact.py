@@ -116,7 +116,7 @@ class Exact:
         """How far an integral over normal sites may be off; None where the nodes are too few to stand for one."""
         if not self.continuous:
             return 1e-8
-        return 5e-3 if self.nodes >= 16 else 3e-2 if self.nodes >= 9 else None
+        return 1e-2 if self.nodes >= 16 else 6e-2 if self.nodes >= 9 else None
 
     @cached_property
     def terms(self):
