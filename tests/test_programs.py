@@ -24,7 +24,7 @@ from pyro_elbo_ext import (
     ScoreFunction_ELBO,
 )
 from pyro_elbo_ext.gradients import VIMCO
-from tests.exact import Exact, Found, expected_value, gaussian_evidence, minibatches, sampled_gradient, wake_phi
+from tests.exact import CAP, Exact, Found, expected_value, gaussian_evidence, minibatches, sampled_gradient, wake_phi
 from tests.programs import DISCRETE, KNOWN, REPLICATES, conjugates, programs
 
 KINDS = {
@@ -284,6 +284,8 @@ def check_local(program, rows):
         return
     plates, shared = program.choose("local", choices)
     exact = Exact(program, 2, rows, kept=frozenset(plates), shared=shared)
+    if exact.size > 2 * CAP:  # plates of the weights that this log is not taken inside have elements of their own
+        return
     value = exact.local_value()
     expected = exact.gradient((exact.log_probability.exp() * value).sum())
     for gradient in ("pathwise", "dreg"):
