@@ -150,7 +150,8 @@ class Program:
         """How many combinations one particle's draws have, two for a continuous site."""
         total = 1
         for site in self.drawn.values():
-            names = set(site.plates) - (set() if site.kind in DISCRETE else self.common_plates)
+            in_step = site.kind not in DISCRETE and set(site.plates) <= self.common_plates  # one node for all elements
+            names = () if in_step else site.plates
             total *= DISCRETE.get(site.kind, 2) ** math.prod(self.frames[name].size for name in names)
         return total
 
