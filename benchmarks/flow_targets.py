@@ -89,8 +89,8 @@ def funnel() -> Target:
     return Target("funnel", FUNNEL_DIM, model, numpyro_funnel, log_evidence=0.0)
 
 
-def quadrature(y: Tensor, sigma: Tensor, tau_scale: float, nodes: int) -> float:
-    """Return the log evidence of a hierarchical model by the trapezoidal rule over mu and log tau, in float64."""
+def grid(y: Tensor, sigma: Tensor, tau_scale: float, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mu, log tau and the log joint density of both and y of a hierarchical model on a grid, in float64."""
     y, sigma = y.double(), sigma.double()
     mu, log_tau = (torch.linspace(*ends, nodes, dtype=y.dtype) for ends in ((-40, 40), (-20, 12)))
     tau = log_tau.exp()
@@ -99,8 +99,28 @@ def quadrature(y: Tensor, sigma: Tensor, tau_scale: float, nodes: int) -> float:
     squares = moments[2] - 2 * mu * moments[1] + mu.square() * moments[0]
     likelihood = -(squares + (2 * math.pi * variance).log().sum(-1, keepdim=True)) / 2
     prior = math.log(2 * tau_scale / math.pi) - (tau_scale**2 + tau**2).log() + log_tau  # of log tau
-    joint = likelihood + prior[:, None] + normal(mu, 25.0, math.log(25.0))
+    return mu, log_tau, likelihood + prior[:, None] + normal(mu, 25.0, math.log(25.0))
+
+
+def quadrature(y: Tensor, sigma: Tensor, tau_scale: float, nodes: int) -> float:
+    """Return the log evidence of a hierarchical model by the trapezoidal rule over mu and log tau, in float64."""
+    mu, log_tau, joint = grid(y, sigma, tau_scale, nodes)
     return (joint.logsumexp((0, 1)) + ((mu[1] - mu[0]) * (log_tau[1] - log_tau[0])).log()).item()
+
+
+def exact_moments(y: Tensor, sigma: Tensor, tau_scale: float, nodes: int = 2001) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and standard deviation of each site of a hierarchical model's posterior, by the same rule."""
+    mu, log_tau, joint = grid(y, sigma, tau_scale, nodes)
+    weight, tau = (joint - joint.logsumexp((0, 1))).exp(), log_tau.exp()[:, None]
+
+    def moments(mean: Tensor, variance: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        first = (weight * mean).sum()
+        return first, (weight * (variance + (mean - first).square())).sum().sqrt()
+
+    shrink = [tau.square() / (tau.square() + s.double().square()) for s in sigma]
+    theta = [moments(mu + b * (x.double() - mu), b * s.double() ** 2) for x, s, b in zip(y, sigma, shrink, strict=True)]
+    means, deviations = (torch.stack(found) for found in zip(*theta, strict=True))
+    return {"mu": moments(mu + 0 * tau), "tau": moments(tau + 0 * mu), "theta": (means, deviations)}
 
 
 def log_evidence(y: Tensor, sigma: Tensor, tau_scale: float) -> float:
@@ -162,10 +182,15 @@ def eight_schools() -> Target:
     return hierarchy("eight-schools", "schools", (torch.tensor(SCHOOLS[0]), torch.tensor(SCHOOLS[1])), 5.0, None)
 
 
+def group_data(number: int) -> Tensor:
+    """Return y of as many groups."""
+    noise = torch.randn(2, number, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return (1 + noise.sum(0)).to(torch.get_default_device())
+
+
 def groups(number: int = 200) -> Target:
     """Return many groups, in minibatches."""
-    noise = torch.randn(2, number, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    y = (1 + noise.sum(0)).to(torch.get_default_device())
+    y = group_data(number)
     return hierarchy("groups", "groups", (y, torch.ones_like(y)), 2.0, MINIBATCH)
 
 

@@ -1,0 +1,309 @@
+"""What README.md says in numbers, and which section or command of the report supports it.
+
+A claim's words stand in the README as they stand here, line breaks aside; one that no longer does is marked as stale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from report_accuracy import failing_rows, finite, last, middle, reached
+from report_tables import markdown_table, show
+
+__all__ = ["CLAIMS", "Claim", "claims_table", "plain_text"]
+
+Runs = dict[str, Any]  # what every section wrote, by key
+BLOCKS = "`pytest tests/test_readme.py` runs the README's code and compares"
+
+
+class Claim(NamedTuple):
+    """Words of the README.
+
+    Attributes:
+        words: as they stand there, with single spaces.
+        source: key of a section, a command, or empty where nothing measures it.
+        here: what the report's sections found, a number or text.
+    """
+
+    words: str
+    source: str
+    here: Callable[[Runs], Any] | None = None
+
+
+VAE = "VAE, K = 50, batch 20"
+NET = "network 64-32-32, validation on"
+
+
+def step_ratio(name: str) -> Callable[[Runs], float]:
+    """Cost of a VAE's step to that of the plain gradient."""
+    return lambda runs: (
+        runs["elbo-step"]["rows"][VAE][name]["ratio"] / runs["elbo-step"]["rows"][VAE]["IWAE pathwise"]["ratio"]
+    )
+
+
+def score_ratio(title: str, other: str = "TraceGraph") -> Callable[[Runs], float]:
+    """Cost of a leave-one-out step."""
+    return lambda runs: runs["score-function"]["step_costs"][title]["leave-one-out"][other]["ratio"]
+
+
+def vimco_ratio(runs: Runs) -> float:
+    """Cost of a VIMCO step to Trace_ELBO's."""
+    rows = runs["score-function"]["step_costs"][NET]
+    return rows["IWAE vimco"]["ms"] / rows["Trace_ELBO"]["ms"]
+
+
+def race_share(opponent: str) -> Callable[[Runs], str]:
+    """Share of the opponent's seconds, by seed, at its rate."""
+
+    def found(runs: Runs) -> str:
+        race = next(r for r in runs["score-function"]["races"] if r["opponent"] == opponent)
+        return ", ".join(show(run["seconds"]) for run in race["train"])
+
+    return found
+
+
+def natural_steps(which: int) -> Callable[[Runs], str]:
+    """The worst seed's steps to 0.1 nats, by dimension."""
+
+    def found(runs: Runs) -> str:
+        texts = []
+        for result in runs["natural-gradient"]["full_rank"]:
+            races = list(result["races"].values())[which]
+            texts.append(f"{show(float(max(reached(race, '0.1', 'steps') for race in races)))} (d = {result['dim']})")
+        return ", ".join(texts)
+
+    return found
+
+
+def adam_times(which: int, field: str) -> Callable[[Runs], str]:
+    """Median over seeds of Adam's steps or seconds to ours, at the largest dimension."""
+
+    def found(runs: Runs) -> str:
+        result = runs["natural-gradient"]["full_rank"][-1]
+        *ours, theirs = result["races"].values()
+        pairs = zip(ours[which], theirs, strict=True)
+        ratios = [min(reached(b, "0.1", field), last(b, field)) / reached(a, "0.1", field) for a, b in pairs]
+        return f"{show(float(statistics.median(ratios)))} (d = {result['dim']})"
+
+    return found
+
+
+def mean_field(setting: str) -> Callable[[Runs], str]:
+    """The last gap of a mean-field run."""
+
+    def found(runs: Runs) -> str:
+        second = runs["natural-gradient"]["parity"]
+        rows = [r for r in second["mean_field"] if r["setting"] == setting]
+        steps, _, _, gap = min((r["points"][-1] for r in rows), key=lambda point: point[3])
+        return f"{show(gap)} after {steps} steps (d = {second['dim']})"
+
+    return found
+
+
+def low_rank(runs: Runs) -> str:
+    """Last gaps of low rank and full rank."""
+    second = runs["natural-gradient"]["parity"]
+    gaps = ", ".join(f"{r['kind']}: {show(r['points'][-1][3])}" for r in second["low_rank"])
+    return f"{gaps} (d = {second['dim']})"
+
+
+def kl(*guides: str) -> Callable[[Runs], str]:
+    """Median KL by target."""
+
+    def found(runs: Runs) -> str:
+        rows, texts = runs["flow-guides"]["quality"], []
+        for guide in guides:
+            by_target = [
+                f"{show(middle(finite([r for r in rows if (r['target'], r['guide']) == (target, guide)], 'kl')))}"
+                for target in dict.fromkeys(row["target"] for row in rows)
+            ]
+            texts.append("; ".join(by_target))
+        return " / ".join(texts)
+
+    return found
+
+
+def guide_cost(guide: str, other: str = "") -> Callable[[Runs], str]:
+    """Step cost by target, to AutoDiagonalNormal's or another's."""
+
+    def found(runs: Runs) -> str:
+        rows = {(r["target"], r["guide"]): r for r in runs["flow-costs"]["cost"]}
+        targets = dict.fromkeys(target for target, _ in rows)
+        return "; ".join(
+            show(rows[t, guide]["ms"] / rows[t, other]["ms"] if other else rows[t, guide]["ratio"]) for t in targets
+        )
+
+    return found
+
+
+def exact_means(runs: Runs) -> str:
+    """Exact posterior means of the eight schools."""
+    row = next(r for r in runs["autofit"] if r["posterior"] == "eight-schools")
+    return ", ".join(f"{site} {show(row['moments'][site][0])}" for site in ("mu", "tau"))
+
+
+def autofit_passes(runs: Runs) -> str:
+    """How many fits pass, and how many are trusted wrongly."""
+    rows = runs["autofit-references"]
+    return f"{sum(r['passes'] for r in rows)} of {len(rows)}, {sum(r['silent'] for r in rows)} trusted wrongly"
+
+
+def compiled(key: str) -> Callable[[Runs], str]:
+    """Geometric mean and range of a ratio."""
+
+    def found(runs: Runs) -> str:
+        values = [row[key] for row in runs["compiled-svi"]["rows"] if row.get(key)]
+        return f"{show(statistics.geometric_mean(values))} ({show(min(values))} to {show(max(values))})"
+
+    return found
+
+
+def first_steps(key: str) -> Callable[[Runs], str]:
+    """Range of seconds before the first step."""
+
+    def found(runs: Runs) -> str:
+        values = [row["compiled"].get(key, math.nan) for row in runs["compiled-svi"]["rows"] if row["compiled"]]
+        return f"{show(min(values))} to {show(max(values))} s"
+
+    return found
+
+
+def break_even(runs: Runs) -> str:
+    """Range of steps after which compiling pays."""
+    values = [row["break_even"] for row in runs["compiled-svi"]["rows"] if row.get("break_even")]
+    return f"{min(values)} to {max(values)}"
+
+
+def vae_share(way: str) -> Callable[[Runs], str]:
+    """Range of a compiled VAE step's time to another's."""
+
+    def found(runs: Runs) -> str:
+        rows = runs["compiled-vae"]["rows"]
+        values = [row["compiled"]["milliseconds"] / row[way]["milliseconds"] for row in rows]
+        return f"{show(min(values))} to {show(max(values))}"
+
+    return found
+
+
+def failures(runs: Runs) -> str:
+    """Failing rows by library."""
+    counts = failing_rows(runs["conformance"])
+    return ", ".join(f"{whose} {failed} of {rows} fail" for whose, (failed, rows) in counts.items())
+
+
+def robust_kl(target: str, rate: float) -> Callable[[Runs], float]:
+    """Median KL of AutoFlow at another rate."""
+    return lambda runs: middle(
+        finite([r for r in runs["flow-robust"]["robust"]
+                if (r["target"], r["guide"], r["rate"]) == (target, "AutoFlow", rate)], "kl")
+    )  # fmt: skip
+
+
+CLAIMS = (
+    Claim("Trace_ELBO -191.8 nats", BLOCKS),
+    Claim("The log evidence of these data is -171.2 nats", ""),
+    Claim("TraceGraph_ELBO -7011.9 nats", BLOCKS),
+    Claim("The log evidence is -6551.3 nats", ""),
+    Claim("0.7 nats a digit over the ELBO", "`python models/vae.py`"),
+    Claim("0.7 nats a digit; 0.1 over one layer with deeper networks", "`python models/hvae.py`"),
+    Claim("0.8 nats a digit; 3 worse in short runs", "`python models/flow_vae.py`"),
+    Claim("0.4 nats a digit over the leave-one-out ELBO", "`python models/sigmoid_belief_network.py`"),
+    Claim("100 % counted right; 0.8 nats a canvas over the ELBO", "`python models/air.py`"),
+    Claim("prior to 0.01, guide to 0.2", "`python models/gaussian_mixture.py`"),
+    Claim("6 passes for Adam's 40", "`python models/lda.py`"),
+    Claim("one step where linear, 12 for Adam's 4000 where logistic", "`python models/bayesian_regression.py`"),
+    Claim("-5.44 nats a row, both", "`python models/bnn.py`"),
+    Claim("KL 0.004 nats; a Gaussian 2.2", "`python models/eight_schools.py`"),
+    Claim("KL 0.3 nats; a Gaussian 1.8", "`python models/radon.py`"),
+    Claim("0.04 nats a series off a Kalman filter; 0.07 off a particle filter", "`python models/state_space.py`"),
+    Claim("KL 0.04 nats; 0.69 is one mode", "`python models/two_modes.py`"),
+    Claim('no variance where the guide is the posterior | reparameterised sites whose density can be evaluated '
+          'anywhere | 1.24', "elbo-step", step_ratio("IWAE dreg")),
+    Claim("another fixed point | the same | 1.24", "elbo-step", step_ratio("IWAE stl")),
+    Claim("which costs what Pyro's vectorised `RenyiELBO(alpha=0)` does", "elbo-step",
+          lambda runs: runs["elbo-step"]["rows"][VAE]["IWAE pathwise"]["ratio"]),
+    Claim("1.2 of `Trace_ELBO`", "score-function", vimco_ratio),
+    Claim("costs 0.41 of Pyro's `TraceGraph_ELBO`", "score-function", score_ratio(NET)),
+    Claim("0.07 of it as it comes", "score-function", score_ratio(NET, "TraceGraph looped")),
+    Claim("With validation off it is 0.54", "score-function", score_ratio("network 64-32-32, validation off")),
+    Claim("on a 64-200-200 network 0.70", "score-function", score_ratio("network 64-200-200, validation off")),
+    Claim("final bound in 0.09 of its time", "score-function", race_share("TraceGraph")),
+    Claim("0.16 with Pyro's decaying average as baseline, for which one of three seeds took 0.21", "score-function",
+          race_share("TraceGraph + average")),
+    Claim("NaturalGradient after 10 steps -282.4 nats", BLOCKS),
+    Claim("in 8 steps at d = 20, 50 and 100", "natural-gradient", natural_steps(0)),
+    Claim("in 6, 5 and 5", "natural-gradient", natural_steps(1)),
+    Claim("49 times the steps", "natural-gradient", adam_times(0, "steps")),
+    Claim("24 times the seconds of the defaults", "natural-gradient", adam_times(0, "seconds")),
+    Claim("88 and 41 times those with the radius", "natural-gradient",
+          lambda runs: f"{adam_times(1, 'steps')(runs)}, {adam_times(1, 'seconds')(runs)}"),
+    Claim("it did not get there in 40 s, against 0.1 s", "natural-gradient"),
+    Claim("1.7 nats from its optimum after 1600 steps", "natural-gradient", mean_field('direction="gradient"')),
+    Claim("0.003 nats after 20 steps", "natural-gradient", mean_field('direction="newton"')),
+    Claim("ends 27 nats below the full-rank optimum after 8 s", "natural-gradient", low_rank),
+    Claim("AutoPlatedFlow -31.33 nats", BLOCKS),
+    Claim("-33.0 the best that a Gaussian was seen to do, with more steps", ""),
+    Claim("1.5; 1.7 if it non-centres", "flow-costs", guide_cost("AutoFlow")),
+    Claim("28 000, whatever the size of the plate | 2.5", "flow-costs", guide_cost("AutoPlatedFlow")),
+    Claim("a step of `AutoFlow` takes 2.7 and 3.5 times as long", "flow-costs", guide_cost("AutoFlow-stl", "AutoFlow")),
+    Claim("ends at 0.0014 and 0.007 nats instead of", "flow-guides", kl("AutoFlow-stl")),
+    Claim("| `AutoFlow` | 0.017 | 0.025 | 0.08 |", "flow-guides", kl("AutoFlow")),
+    Claim("| `AutoPlatedFlow`, features | 0.007 | 0.025 | 0.06", "flow-guides", kl("AutoPlatedFlow")),
+    Claim("| Pyro `AutoMultivariateNormal` | 1.90 | 1.90 | 1.05 |", "flow-guides", kl("AutoMultivariateNormal")),
+    Claim("| Pyro `AutoIAFNormal`, as it comes; 3 x (64, 64) | 1.37; 0.29 |", "flow-guides",
+          kl("AutoIAFNormal", "AutoIAFNormal-3x64")),
+    Claim("| NumPyro `AutoIAFNormal`, as it comes; 3 x (64, 64) | 0.50; 0.18 |", "flow-guides",
+          kl("numpyro-AutoIAFNormal", "numpyro-AutoIAFNormal-3x64")),
+    Claim("| NumPyro `AutoBNAFNormal` | 1.20 | 1.01 | 3.16 |", "flow-guides", kl("numpyro-AutoBNAFNormal")),
+    Claim("| Pyro `AutoNormal` | | | 16, on minibatches of 20 |", "flow-guides", kl("AutoNormal")),
+    Claim("0.2 nats, from a mixture 0.03 to 0.18", "`python models/two_modes.py`"),
+    Claim("it wins 0.4 to 0.9 nats after 2500 steps and loses 3 after 400", "`python models/flow_vae.py`"),
+    Claim("splines end at 0.023 and 0.23 nats", ""),
+    Claim("a quarter of the funnel's KL", ""),
+    Claim("without it eight schools end at 0.12", ""),
+    Claim("at 1e-3 `AutoFlow` ends at 0.12 on eight schools", "flow-robust", robust_kl("eight-schools", 1e-3)),
+    Claim("at 2e-2 at 0.05 on the funnel", "flow-robust", robust_kl("funnel", 2e-2)),
+    Claim("`AutoPlatedFlow` was 0.6 and `AutoFlow` 1.7 nats below", ""),
+    Claim("loss 31.38 ± 0.05 nats after 1200 steps", BLOCKS),
+    Claim("NUTS finds a mean of 4.4 for `mu` and of 3.6 for `tau`", "autofit", exact_means),
+    Claim("fourteen came within 0.1 standard deviations of every mean", "autofit-references", autofit_passes),
+    Claim("SVI 3504 microseconds a step CompiledSVI 19 microseconds a step", "compiled-svi"),
+    Claim("its steps are 109 times as fast as `SVI.step`", "compiled-svi", compiled("ratio")),
+    Claim("1.4 times as fast as NumPyro's compiled loop", "compiled-svi", compiled("to_numpyro")),
+    Claim("Compiling took 14 to 40 seconds on two busy cores, 76 for the flow", "compiled-svi", first_steps("first")),
+    Claim("pays after two to thirteen thousand steps", "compiled-svi", break_even),
+    Claim("takes its first step after 1 to 5 seconds", "compiled-svi", first_steps("warm")),
+    Claim("take 0.4 to 0.6 of `SVI.step`'s time", "compiled-vae", vae_share("eager")),
+    Claim("0.7 to 0.8 of that of a loop written by hand", "compiled-vae", vae_share("by hand")),
+    Claim("value below the evidence, gradient equal to the value's", "conformance", failures),
+)  # fmt: skip
+
+
+def plain_text(text: str) -> str:
+    """Return a text with single spaces."""
+    return re.sub(r"\s+", " ", text)
+
+
+def rows(runs: Runs, readme: str, sections: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield claim, source and what was found here."""
+    text = plain_text(readme)
+    for claim in CLAIMS:
+        words = claim.words.replace("|", "\\|")
+        source = f"[{sections[claim.source]}](#{claim.source})" if claim.source in sections else claim.source
+        here = "-"
+        if claim.here and claim.source in runs:
+            try:
+                here = show(claim.here(runs))
+            except (LookupError, TypeError, ValueError, ArithmeticError, StopIteration):
+                here = "not among this run's rows"
+        stale = "" if claim.words in text else " (**no longer in the README**)"
+        yield words + stale, source or "**no script**", here
+
+
+def claims_table(runs: Runs, readme: str, sections: dict[str, str]) -> str:
+    """Return the table of what the README says."""
+    return markdown_table(("the README says", "section or command", "in this report"), rows(runs, readme, sections))
