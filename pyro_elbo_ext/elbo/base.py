@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
@@ -160,11 +161,15 @@ class ParticleELBO(ELBO):
         """Return the loss in nats and add its gradient to the parameters'.
 
         Raises:
-            NonFiniteError: a log-weight is not finite; site and particle are named, and no gradient was added.
+            NonFiniteError: a log-weight is not finite; site and particle are named. Or a gradient is not; its parameter
+                is named. No gradient was added.
         """
-        estimate, value = self._checked(model, guide, args, kwargs)
+        with pyro.poutine.trace(param_only=True) as capture:
+            estimate, value = self._checked(model, guide, args, kwargs)
         if estimate.objective.requires_grad:
-            (-estimate.objective).backward(retain_graph=self.retain_graph)
+            leaves = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+            leaves = {name: leaf for name, leaf in leaves.items() if leaf.is_leaf and leaf.requires_grad}
+            _add_gradient(-estimate.objective, leaves, self.retain_graph)
         return -value
 
     def _checked(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Estimate, float]:
@@ -182,14 +187,48 @@ class ParticleELBO(ELBO):
                 raise NonFiniteError(_describe(estimate.particles, bad))
             if bad.all(0).any():
                 raise NonFiniteError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
-            self.num_dropped += int(invalid.sum())
+            seen, self.num_dropped = estimate.particles, self.num_dropped + int(invalid.sum())
             estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
             value = float(estimate.objective.detach())
         if not math.isfinite(value):
             raise NonFiniteError(
-                _describe(estimate.particles, bad) if num_bad else _describe_constant(estimate.particles)
+                _describe(seen, bad) if num_bad else _describe_constant(estimate.particles)
             )
         return estimate, value
+
+
+def _add_gradient(loss: Tensor, leaves: Mapping[str, Tensor], retain_graph: bool | None) -> None:
+    """Add a loss's gradient to the parameters', or leave theirs as it was where it is not finite.
+
+    A derivative can be NaN where the value is not, as of a root or a norm at 0, and one step would pass it on.
+    """
+    before = [leaf.grad for leaf in leaves.values()]
+    for leaf in leaves.values():
+        leaf.grad = None
+    try:
+        loss.backward(retain_graph=retain_graph)
+        _check_gradient({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, loss)
+    except BaseException:
+        for leaf, grad in zip(leaves.values(), before, strict=True):
+            leaf.grad = grad
+        raise
+    for leaf, grad in zip(leaves.values(), before, strict=True):
+        if grad is not None:
+            leaf.grad = grad if leaf.grad is None else grad.add_(leaf.grad)
+
+
+def _check_gradient(grads: Mapping[str, Tensor], loss: Tensor) -> None:
+    """Look at all gradients at the price of one host sync."""
+    dense = {name: g.coalesce().values() if g.is_sparse else g for name, g in grads.items()}
+    largest = [torch.linalg.vector_norm(g, math.inf) for g in dense.values() if g.numel()]
+    if not largest or torch.stack([norm.to(loss.device) for norm in largest]).isfinite().all():
+        return
+    name, grad = next((name, g) for name, g in dense.items() if not g.isfinite().all())
+    raise NonFiniteError(
+        f"the gradient of parameter '{name}' is {grad[~grad.isfinite()][0].item()} although the loss is "
+        f"{loss.item()}. Nothing was updated. Look for a derivative that is not finite, as of a root or a norm at 0, "
+        "or for an overflow."
+    )
 
 
 def _describe(particles: Particles, bad: Tensor, whose: str = "", droppable: bool = False) -> str:
@@ -226,4 +265,7 @@ def _describe_constant(particles: Particles) -> str:
                 f"the loss is not finite: {site.origin} site '{site.name}' has a log-density that is not. Nothing was "
                 "updated."
             )
-    return "the loss is not finite although every log-density is. Nothing was updated; look at scales and sizes."
+    return (
+        "the loss is not finite although every log-density is. Nothing was updated; look for a derivative that is not "
+        "finite, as of a root or a norm at 0, and at scales and sizes."
+    )
