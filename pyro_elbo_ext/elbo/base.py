@@ -167,7 +167,8 @@ class ParticleELBO(ELBO):
         with pyro.poutine.trace(param_only=True) as capture:
             estimate, value = self._checked(model, guide, args, kwargs)
         if estimate.objective.requires_grad:
-            leaves = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+            nodes: Mapping[str, Any] = capture.trace.nodes
+            leaves = {name: site["value"].unconstrained() for name, site in nodes.items()}
             leaves = {name: leaf for name, leaf in leaves.items() if leaf.is_leaf and leaf.requires_grad}
             _add_gradient(-estimate.objective, leaves, self.retain_graph)
         return -value
