@@ -192,9 +192,7 @@ class ParticleELBO(ELBO):
             estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
             value = float(estimate.objective.detach())
         if not math.isfinite(value):
-            raise NonFiniteError(
-                _describe(seen, bad) if num_bad else _describe_constant(estimate.particles)
-            )
+            raise NonFiniteError(_describe(seen, bad) if num_bad else _describe_constant(estimate.particles))
         return estimate, value
 
 
