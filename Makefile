@@ -20,6 +20,10 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: test-matrix
+test-matrix:
+	$(PYTHON) tests/matrix.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
