@@ -218,11 +218,12 @@ def _add_gradient(loss: Tensor, leaves: Mapping[str, Tensor], retain_graph: bool
 
 def _check_gradient(grads: Mapping[str, Tensor], loss: Tensor) -> None:
     """Look at all gradients at the price of one host sync."""
-    dense = {name: g.coalesce().values() if g.is_sparse else g for name, g in grads.items()}
-    largest = [torch.linalg.vector_norm(g, math.inf) for g in dense.values() if g.numel()]
-    if not largest or torch.stack([norm.to(loss.device) for norm in largest]).isfinite().all():
+    dense = {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in grads.items()}
+    dense = {name: grad for name, grad in dense.items() if grad.numel()}
+    sizes = torch._foreach_norm(list(dense.values()), math.inf) if dense else ()  # what clip_grad_norm_ calls
+    if not sizes or all(map(math.isfinite, torch.stack([size.to(loss) for size in sizes]).tolist())):
         return
-    name, grad = next((name, g) for name, g in dense.items() if not g.isfinite().all())
+    name, grad = next((name, grad) for name, grad in dense.items() if not grad.isfinite().all())
     raise NonFiniteError(
         f"the gradient of parameter '{name}' is {grad[~grad.isfinite()][0].item()} although the loss is "
         f"{loss.item()}. Nothing was updated. Look for a derivative that is not finite, as of a root or a norm at 0, "
