@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test test-slow lint bench notebooks clean
+.PHONY: demo test test-slow lint bench bench-full notebooks clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --without-pip .venv
@@ -30,12 +30,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/elbo_step.py
-	$(BIN)/python benchmarks/score_function.py
-	$(BIN)/python benchmarks/natural_gradient.py
-	$(BIN)/python benchmarks/flow_guides.py
-	$(BIN)/python benchmarks/staged_stop.py
-	$(BIN)/python benchmarks/data_parallel.py
+	$(BIN)/python benchmarks/report.py --quick
+
+bench-full: .venv/ready
+	$(BIN)/python benchmarks/report.py --full
 
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py

@@ -65,6 +65,7 @@ class Settings(NamedTuple):
     seeds: int
     steps: int
     draws: int
+    turns: int = COST_TURNS
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds of a call, on a CPU the processor's."""
@@ -290,7 +291,7 @@ def take_turns(target: Target, names: list[str], settings: Settings) -> dict[str
     """Return the seconds of a step, turn by turn."""
     runs = {name: Run(target, GUIDES[name], 0, settings.steps) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(COST_TURNS + 1):
+    for turn in range(settings.turns + 1):
         for name, run in runs.items():
             seconds = settings.seconds(lambda run=run: run.steps(COST_STEPS))
             if turn:  # the first warms up
@@ -357,6 +358,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--draws", type=int, default=20_000, help="fewer show that it runs, and settle nothing")
+    parser.add_argument("--turns", type=int, default=COST_TURNS, help="of --cost")
     for mode in ("robust", "cost", "scale"):
         parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="quality")
     return parser.parse_args(argv)
@@ -379,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_default_device(options.device)
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     seeds = options.seeds or (ROBUST_SEEDS if options.mode == "robust" else 3)
-    settings = Settings(options.device, seeds, options.steps, options.draws)
+    settings = Settings(options.device, seeds, options.steps, options.draws, options.turns)
     print(f"{settings.device}, {torch.get_num_threads()} thread, {versions()}", flush=True)
     report: dict[str, Any] = {"settings": settings._asdict(), "versions": versions(), options.mode: []}
     mode = {"robust": robust, "cost": cost, "scale": scale, "quality": quality}[options.mode]

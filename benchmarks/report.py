@@ -14,14 +14,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,10 +25,10 @@ import report_accuracy as accuracy
 import report_plots as plots
 import report_tables as tables
 from report_claims import claims_table
+from report_run import installed, machine, run_limited
 from report_tables import Comparison, Found, markdown_table, show
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "pyro-ppl", "numpy", "zuko", "arviz", "scikit-learn", "matplotlib", "numpyro", "jax")
 FAST_FLOWS = ("--seeds", "1", "--steps", "1000", "--draws", "4000")
 
 
@@ -68,7 +62,7 @@ class Section(NamedTuple):
 
 Q = ("--quick",)
 SECTIONS = (
-    Section("elbo-step", "Step cost and memory beside Pyro's classes", "elbo_step.py", Q, (), (240, 1800),
+    Section("elbo-step", "Step cost and memory beside Pyro's classes", "elbo_step.py", Q, (), (420, 1800),
             tables.elbo_step),
     Section("score-function", "Discrete latents: step cost, and time to a bound", "score_function.py", Q, (),
             (300, 7200), tables.score_function, plots.score_function),
@@ -76,7 +70,7 @@ SECTIONS = (
             plots.compiled_svi),
     Section("compiled-vae", "Compiled steps of a VAE", "compiled_vae.py", Q, (), (420, 3600), tables.compiled_vae),
     Section("natural-gradient", "Natural gradients: steps, scores and seconds to a bound", "natural_gradient.py",
-            ("--dims", "20", "--seeds", "3", "--limit", "10"), (), (420, 14400), accuracy.natural_gradient,
+            ("--dims", "20", "--seeds", "3", "--limit", "6"), (), (480, 14400), accuracy.natural_gradient,
             plots.natural_gradient),
     Section("staged-stop", "The stopping rule", "staged_stop.py", Q, (), (240, 3600), accuracy.staged_stop),
     Section("autofit", "Automatic fits of posteriors known exactly", "autofit.py", (), ("--seeds", "3"), (240, 1800),
@@ -84,19 +78,21 @@ SECTIONS = (
     Section("autofit-references", "Automatic fits beside reference draws", "autofit.py", (), ("--seeds", "3"),
             (900, 7200), accuracy.autofit, folder=("posteriors", "--accuracy")),
     Section("flow-guides", "Flow guides: KL to posteriors known exactly", "flow_guides.py",
-            (*FAST_FLOWS, "--only", "eight-schools", "funnel"), (), (420, 14400), accuracy.flow_guides,
+            (*FAST_FLOWS, "--only", "eight-schools", "funnel"), (), (480, 14400), accuracy.flow_guides,
             plots.flow_guides),
-    Section("flow-costs", "Flow guides: step cost", "flow_guides.py", ("--cost",), ("--cost",), (180, 1800),
+    Section("flow-costs", "Flow guides: step cost", "flow_guides.py", ("--cost", "--turns", "5"), ("--cost",),
+            (240, 1800),
             accuracy.flow_costs),
     Section("flow-robust", "Flow guides at other learning rates", "flow_guides.py", None, ("--robust",), (0, 14400),
             accuracy.flow_robust),
     Section("flow-scale", "Flow guides on many groups", "flow_guides.py", ("--scale",), ("--scale",), (120, 600),
             accuracy.flow_scale),
-    Section("scaling", "Scaling with particles, rows, minibatches and coordinates", "scaling.py", Q, (), (300, 3600),
+    Section("scaling", "Scaling with particles, rows, minibatches and coordinates", "scaling.py", Q, (), (480, 3600),
             tables.scaling, plots.scaling),
     Section("data-parallel", "Two processes", "data_parallel.py", Q, (), (120, 1800), tables.data_parallel),
     Section("conformance", "Which identities hold", "conformance.py", Q, (), (300, 7200), accuracy.conformance,
             flag="--json"),
+    Section("readme", "The README's code", "readme.py", (), (), (300, 900), accuracy.readme),
     Section("reproduce", "Published set-ups, trained briefly", "reproduce.py", ("--rows", "iwae-5", "--seconds", "10"),
             ("--seconds", "45", "--seeds", "2"), (300, 7200), accuracy.reproduce, folder=("mnist", "--data")),
 )  # fmt: skip
@@ -140,51 +136,6 @@ def measure(section: Section, options: argparse.Namespace) -> dict[str, Any] | N
     (options.json / f"{section.key}.run.json").write_text(json.dumps(record, indent=1))
     print(f"{status}, {record['seconds']:.0f} s", flush=True)
     return record
-
-
-def run_limited(command: list[str], limit: float) -> tuple[str, str]:
-    """Run a script and return how it ended and its last words; at the limit all it started is ended, too."""
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=HERE, text=True, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        words = process.communicate(timeout=limit)[1].strip().splitlines()
-    except subprocess.TimeoutExpired:
-        return f"stopped at the limit of {limit:.0f} s", ""
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode == 0:
-        return "ok", ""
-    return f"failed with status {process.returncode}", without_paths(words[-1] if words else "no message")
-
-
-def without_paths(text: str) -> str:
-    """Keep the names of files only."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\":]+/)+", "", text)[:200]
-
-
-def machine() -> str:
-    """Return model and number of the cores, and the memory."""
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), flags=re.M)):
-        model = found[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores, {model}, {memory:.0f} GiB"
-
-
-def installed() -> dict[str, str]:
-    """Return the versions of what is here."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Part(NamedTuple):
@@ -243,7 +194,7 @@ def summary(parts: Sequence[Part]) -> str:
     text = (
         "Computed from the tables below. *times*: the other's cost over this package's, above 1 this package is "
         "better; *nats*: gain over the other. The range is of quartiles over turns or of seeds; where there is none, "
-        "one number was measured. A win or a loss has the whole range more than 0.05 beyond a tie.\n"
+        "one number was measured. A win or a loss has the whole range more than 0.05 beyond a tie, one number 0.1.\n"
     )
     found = [(part.section, c) for part in parts for c in part.found.comparisons]
     counts = {verdict: sum(c.verdict == verdict for _, c in found) for verdict in ("wins", "ties", "loses")}
@@ -262,8 +213,7 @@ def summary(parts: Sequence[Part]) -> str:
 def row(section: Section, c: Comparison) -> tuple[Any, ...]:
     """Return a line of the summary."""
     value = f"{show(c.value)} times" if c.unit == "times" else f"{c.value:+.3g} nats"
-    spread = "-" if c.low == c.high else tables.within(c.low, c.high)
-    return c.what, c.other, value, spread, f"[{section.key}](#{section.key})"
+    return c.what, c.other, value, tables.within(c.low, c.high), f"[{section.key}](#{section.key})"
 
 
 def header(parts: Sequence[Part]) -> str:

@@ -35,8 +35,8 @@ def natural_gradient(data: Data) -> Found:
             for name, races in result["races"].items():
                 row: list[Any] = [result["dim"], target, name]
                 for field in ("steps", "scores", "seconds"):
-                    middle, low, high = spread([reached(race, target, field) for race in races])
-                    row.append(f"{show(float(middle))} ({within(low, high)})")
+                    found = spread([reached(race, target, field) for race in races])
+                    row.append(show(float(found[0])) + (f" ({within(*found[1:])})" if found[1] < found[2] else ""))
                 cells.append(row)
         for name in mine:
             for field in ("steps", "seconds"):
@@ -222,6 +222,15 @@ def failing_rows(data: Data) -> dict[str, tuple[int, int]]:
         before = counts.get(whose, (0, 0))
         counts[whose] = (before[0] + rows.count(False), before[1] + len(rows))
     return counts
+
+
+def readme(data: Data) -> Found:
+    """What the README's code prints."""
+    parts = []
+    for row in data["rows"]:
+        exact = "" if row["log_evidence"] is None else f", log evidence {row['log_evidence']:.1f} nats"
+        parts.append(f"**{row['title']}**, {row['seconds']:.0f} s{exact}\n\n```\n{row['printed'].rstrip()}\n```")
+    return Found("\n\n".join(parts), [])
 
 
 def reproduce(data: Data) -> Found:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # draws with Agg: no display, no global state
+from matplotlib.ticker import NullFormatter
+from PIL import Image  # comes with matplotlib
 
 __all__ = ["compiled_svi", "flow_guides", "natural_gradient", "save", "scaling", "score_function"]
 
@@ -16,10 +19,15 @@ TARGET = 0.1  # nats
 
 
 def save(path: Path, draw: Callable[[Data, Figure], None], data: Data) -> None:
-    """Write a picture, the same bytes for the same data."""
-    figure = Figure(figsize=(9, 4.2), dpi=75, layout="constrained")
+    """Write a picture of few colours, which is small, the same bytes for the same data."""
+    figure, buffer = Figure(figsize=(9, 4.2), dpi=90, layout="constrained"), BytesIO()
     draw(data, figure)
-    figure.savefig(path, metadata={"Software": None})
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_minor_formatter(NullFormatter())
+    figure.savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def scaling(data: Data, figure: Figure) -> None:

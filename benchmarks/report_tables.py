@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 __all__ = ["Comparison", "Data", "Found", "faster", "markdown_table", "show", "spread", "within"]
 
 Data = Any  # what a benchmark wrote
-TIE = {"times": 0.05, "nats": 0.05}
+TIE, ALONE = 0.05, 0.1  # beyond a tie, by the whole spread or by one number without
 LEAST_MIB = 4  # below it a peak is the kernel's counting
 
 
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
     @property
     def verdict(self) -> str:
         """Wins or loses where the whole spread is on one side of a tie."""
-        neutral, width = float(self.unit == "times"), TIE[self.unit]
+        neutral, width = float(self.unit == "times"), ALONE if self.low == self.high else TIE
         if self.low > neutral + width:
             return "wins"
         return "loses" if self.high < neutral - width else "ties"
@@ -69,7 +69,9 @@ def show(cell: Any) -> str:
 
 
 def within(low: float, high: float) -> str:
-    """Format a spread."""
+    """Format a spread; a dash where there is none."""
+    if low == high:
+        return "-"
     return f"{show(float(low))} to {show(float(high))}"
 
 
@@ -204,10 +206,10 @@ def scaling(data: Data) -> Found:
             for row in rows for name, found in row["losses"].items()
         ]  # fmt: skip
         head = (axis, "loss", "microseconds a step", f"to {data['reference']}", "quartiles", "peak MiB")
-        fixed = ", ".join(f"{key} {rows[0][key]}" for key in ("particles", "rows", "dim") if not axis.startswith(key))
-        parts.append(f"**{axis.capitalize()}** ({fixed.replace('dim', 'latent dimension')})\n\n")
-        parts[-1] += markdown_table(head, cells)
-        for row in rows:
+        names = {"particles": "particles", "rows": "rows", "dim": "latent dimension"}
+        fixed = ", ".join(f"{name} {rows[0][key]}" for key, name in names.items() if not axis.startswith(name))
+        parts.append(f"**{axis.capitalize()}** ({fixed})\n\n{markdown_table(head, cells)}")
+        for row in (rows[0], rows[-1]):
             comparisons += scaled(row, data["reference"])
     return Found("\n\n".join(parts), comparisons)
 
@@ -217,7 +219,9 @@ def scaled(row: dict[str, Any], reference: str) -> list[Comparison]:
     found, theirs = [], row["losses"][reference]
     for name, ours in row["losses"].items():
         if not name.startswith("pyro"):
-            what = f"{name}, eager: {row['axis']} {row['size']:,}"
+            size = f"{row['size']:,}"
+            what = f"{row['axis']} {size}" if row["axis"] == "latent dimension" else f"{size} {row['axis']}"
+            what = f"{name}, eager step: {what}"
             found.append(faster(what, reference, ours))
             if min(ours["mib"], theirs["mib"]) > LEAST_MIB:
                 found.append(Comparison(f"{what}, memory", reference, *[theirs["mib"] / ours["mib"]] * 3))
