@@ -67,7 +67,8 @@ def soft_minimum(log_w):
 class Loss(NamedTuple):
     """A loss by its number of particles, its value by hand, and whether it takes ``nonfinite="drop"``.
 
-    Regressions need more particles than statistics. ``zeros``: a weight of zero is no error.
+    Regressions need more particles than statistics. ``zeros``: a weight of zero is no error. ``guide``: another bound
+    whose gradient the guide follows, and which has to be finite, too.
     """
 
     make: object
@@ -75,6 +76,7 @@ class Loss(NamedTuple):
     drops: bool = True
     zeros: bool = True
     particles: int = 6
+    guide: object = None
 
 
 # What needs a path through the latent values.
@@ -86,7 +88,7 @@ PATHS = {
     "vr-iwae": Loss(partial(VRIWAE_ELBO, 0.4), partial(renyi, 0.4)),
     "miwae": Loss(MIWAE_ELBO, miwae),
     "ciwae": Loss(partial(CIWAE_ELBO, 0.3), ciwae, zeros=False),
-    "piwae": Loss(PIWAE_ELBO, iwae),
+    "piwae": Loss(PIWAE_ELBO, iwae, guide=miwae),
     "own bound": Loss(SoftMinimum_ELBO, soft_minimum),
     "mean-field": Loss(MeanField_ELBO, None, drops=False, zeros=False),
     "wake-sleep, dreg": Loss(partial(ReweightedWakeSleep_ELBO, wake_phi="dreg"), iwae),

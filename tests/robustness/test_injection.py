@@ -44,8 +44,8 @@ def expected(loss, policy, log_w):
     invalid = bad & (log_w != -math.inf)
     if (policy == "raise" and invalid.any()) or (bad.any() and not loss.zeros) or bad.all(0).any():
         return None
-    found = -float(loss.value(log_w.masked_fill(bad, -math.inf)).sum())
-    return found if math.isfinite(found) else None  # no weight is left in half of the particles, say
+    values = [f(log_w.masked_fill(bad, -math.inf)).sum() for f in (loss.value, loss.guide) if f is not None]
+    return -float(values[0]) if all(map(math.isfinite, values)) else None  # no weight is left in half of them, say
 
 
 @st.composite
