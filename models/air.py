@@ -18,9 +18,9 @@ by the commonest count of 1000 draws; weighted, 99.0, 100.0, 99.5 and 100.0, 100
 160 to 288 steps. Test L_1000 (nats per canvas, standard error 1.5) is 91.2, 90.3, 88.9 under the ELBO, and IWAE gains
 0.58, 0.35, 1.34 on it (paired, standard error 0.16, 0.17, 0.28). An ELBO of 32 steps more, for seeds 1 and 2, leaves
 0.15 and 0.75. Neither has converged by then, and digits are painted blurred; in 4000 steps, when they can be told, IWAE
-comes to 94.7 and 94.1 and the ELBO to 94.2 and 94.1 (seeds 1, 2). What is gained depends on gradient and particles. DReG beside VIMCO
-gains 0.83, 0.65, 1.57 in as many steps, each of which takes 1.6 times as long: at equal seconds it is 1.0 behind the
-ELBO. With 10 particles for both, seed 1, what is default here lost 0.5. On L_1, the ELBO itself, it loses 2.1 to 4.7.
+comes to 94.7 and 94.1 and the ELBO to 94.2 and 94.1 (seeds 1, 2). DReG beside VIMCO gains 0.83, 0.65, 1.57 in as many
+steps, each of which takes 1.6 times as long: at equal seconds it is 1.0 behind the ELBO. With 10 particles for both,
+seed 1, what is default here lost 0.5. On L_1, the ELBO itself, it loses 2.1 to 4.7.
 
 What makes it learn so soon is that the guide sees what is left. With a recurrent cell over the whole canvas instead,
 as in the paper, one run of the ELBO on such canvases, with two objects and step size 1e-3, counted 64 % right after
