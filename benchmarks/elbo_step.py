@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.memory_of:
         print(peak_memory(options.memory_of, 50, 400, options.device))
         return 0
-    turns, steps = (9, 3) if options.quick else (21, 10)
+    turns, steps = (5, 3) if options.quick else (21, 10)
     rows = {"VAE, K = 50, batch 20": compare_vae(options, steps, turns)}
     for k in (1, 10):
         for validate in (True, False):

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)
     rows = []
     for title, code in blocks(README.read_text(encoding="utf8")).items():
         names: dict[str, Any] = {"__name__": "readme"}

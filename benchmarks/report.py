@@ -16,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ import report_accuracy as accuracy
 import report_plots as plots
 import report_tables as tables
 from report_claims import claims_table
-from report_run import installed, machine, run_limited
+from report_run import installed, machine, processor_seconds, run_limited
 from report_tables import Comparison, Found, markdown_table, show
 
 HERE = Path(__file__).resolve().parent
@@ -117,13 +118,15 @@ def measure(section: Section, options: argparse.Namespace) -> dict[str, Any] | N
         return None
     output = options.json / f"{section.key}.json"
     output.unlink(missing_ok=True)
-    limit, load, start = section.limit[options.full], os.getloadavg()[0], time.perf_counter()
+    limit, load = section.limit[options.full], os.getloadavg()[0]
+    start, processor = time.perf_counter(), processor_seconds()
     print(f"{section.key} ...", end=" ", flush=True)
-    status, error = run_limited([*command, section.flag, str(output.resolve())], limit)
+    status, error = run_limited([*command, section.flag, str(output.resolve())], limit, output.with_suffix(".log"))
     record = {
         "status": status,
         "error": error,
         "seconds": time.perf_counter() - start,
+        "processor": processor_seconds() - processor,
         "command": " ".join(["python", f"benchmarks/{command[0]}", *command[1:]]),
         "size": "full" if options.full else "reduced",
         "load": load,
@@ -174,6 +177,12 @@ def picture(part: Part, folder: Path) -> str:
     return f"![{part.section.title}]({folder.name}/{path.name})\n\n"
 
 
+def took(record: dict[str, Any]) -> str:
+    """Format what a section took."""
+    processor = f" ({record['processor']:.0f} of the processor's)" if "processor" in record else ""
+    return f"{record['seconds']:.0f} s{processor}"
+
+
 def section_text(part: Part, folder: Path) -> str:
     """Write a section."""
     head = f'<a id="{part.section.key}"></a>\n\n## {part.section.title}\n\n'
@@ -183,9 +192,7 @@ def section_text(part: Part, folder: Path) -> str:
         return f"{head}`benchmarks/{part.section.script}`: **left out**, {why}."
     record = part.record
     status = "" if record["status"] == "ok" else f" **{record['status']}.** {record['error']}"
-    line = (
-        f"`{record['command']}`, {record['seconds']:.0f} s, {record['date']}, load before {record['load']:.1f}.{status}"
-    )
+    line = f"`{record['command']}`, {took(record)}, {record['date']}, load before {record['load']:.1f}.{status}"
     return f"{head}{line}\n\n{picture(part, folder)}{part.found.text}"
 
 
@@ -200,7 +207,11 @@ def summary(parts: Sequence[Part]) -> str:
     counts = {verdict: sum(c.verdict == verdict for _, c in found) for verdict in ("wins", "ties", "loses")}
     text += f"\nOf {len(found)} comparisons this package "
     text += ", ".join(f"{verdict} {number}" for verdict, number in counts.items()) + ".\n"
-    for verdict, title in (("wins", "Where this package wins"), ("ties", "Where it ties"), ("loses", "Where it loses")):
+    for verdict, title in (
+        ("wins", "Where this package wins"),
+        ("ties", "Where it ties, or the range is too wide to tell"),
+        ("loses", "Where it loses"),
+    ):
         rows = [row(section, c) for section, c in found if c.verdict == verdict]
         head = ("what", "beside", "factor or gain", "range", "section")
         text += f"\n### {title}\n\n{markdown_table(head, rows) if rows else 'Nowhere in these tables.'}\n"
@@ -287,15 +298,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is asked for and write the report; return 1 if a section failed."""
     options = parse(argv)
-    if not options.source:
-        options.json.mkdir(parents=True, exist_ok=True)
-        for section in SECTIONS:
+    try:
+        for section in () if options.source else SECTIONS:
             if options.only is None or section.key in options.only:
+                options.json.mkdir(parents=True, exist_ok=True)
                 measure(section, options)
-                write(options)  # so that a run cut short has what it measured
-    parts = write(options)
+    finally:  # so that a run cut short has what it measured
+        parts = write(options)
     return int(any(part.record and part.record["status"] != "ok" for part in parts))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the script at work is ended as well
     raise SystemExit(main())

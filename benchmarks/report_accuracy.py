@@ -73,19 +73,24 @@ def mean_field(second: Data) -> list[Comparison]:
 
 def staged_stop(data: Data) -> Found:
     """The stopping rule beside constant step sizes."""
-    cells, gains = [], []
+    cells, gains, steps = [], [], []
     for row in data["rows"]:
         ends = row["constant"], row["staged"]
         gains.append(ends[1]["elbo"] - ends[0]["elbo"])
-        numbers = [end[key] for end in ends for key in ("elbo", "steps", "seconds")]
-        cells.append((row["seed"], row["rate"], row["batch"] or "all", *numbers, ends[1]["stopped"], gains[-1]))
+        steps.append(ends[0]["steps"] / ends[1]["steps"])
+        numbers = [cell for end in ends for cell in (f"{end['elbo']:.2f}", end["steps"], end["seconds"])]
+        cells.append(
+            (row["seed"], row["rate"], row["batch"] or "all", *numbers, ends[1]["stopped"], f"{gains[-1]:.2f}")
+        )
     head = ("seed", "rate", "batch", "constant ELBO", "steps", "s", "staged ELBO", "steps", "s", "stopped by", "gain")
-    text = f"Best constant run {data['best_constant']:.2f} nats, worst staged run {data['worst_staged']:.2f}: "
-    text += f"{data['best_constant'] - data['worst_staged']:.2f} nats below ({data['limit']} asked)."
     below = data["worst_staged"] - data["best_constant"]
+    text = f"Best constant run {data['best_constant']:.2f} nats, worst staged run {data['worst_staged']:.2f}: "
+    text += f"{-below:.2f} nats below ({data['limit']} asked)."
+    what = "stop='staged', regression of 500 rows"
     comparisons = [
-        Comparison("stop='staged': ELBO, regression of 500 rows", "constant steps, same start", *spread(gains), "nats"),
-        Comparison("stop='staged': the worst run's ELBO", "the best constant run", below, below, below, "nats"),
+        Comparison(f"{what}: ELBO", "constant steps, same start", *spread(gains), "nats"),
+        Comparison(f"{what}: steps", "constant steps, same start", *spread(steps)),
+        Comparison(f"{what}: the worst run's ELBO", "the best constant run", below, below, below, "nats"),
     ]
     return Found(f"{markdown_table(head, cells)}\n\n{text}", comparisons)
 
@@ -162,6 +167,19 @@ def best_flows(target: str, guides: dict[str, list[dict[str, Any]]]) -> list[Com
                 gains = [statistics.median(theirs[best]) - kl for kl in kls]
                 other = f"best of {library}: {best.removeprefix('numpyro-')}"
                 found.append(Comparison(f"{name}: KL, {target}", other, *spread(gains), "nats"))
+        found += compiled_steps(target, guides, best) if library == "numpyro" else []
+    return found
+
+
+def compiled_steps(target: str, guides: dict[str, list[dict[str, Any]]], best: str) -> list[Comparison]:
+    """Hold the time of our guides' eager steps against that of NumPyro's compiled ones."""
+    theirs, found = middle(finite(guides[best], "ms")), []
+    for name in OURS:
+        ms = middle(finite(guides.get(name, []), "ms"))
+        if math.isfinite(ms):
+            value = theirs / ms
+            other = f"numpyro {best.removeprefix('numpyro-')}, compiled"
+            found.append(Comparison(f"{name}, eager step: {target}", other, value, value, value))
     return found
 
 
