@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: demo test test-slow lint bench bench-full notebooks clean
+.PHONY: demo test test-slow test-matrix planted lint bench bench-full notebooks clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --without-pip .venv
@@ -20,9 +20,11 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
-.PHONY: test-matrix
 test-matrix:
 	$(PYTHON) tests/matrix.py
+
+planted: .venv/ready
+	$(BIN)/python tests/planted.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -39,5 +41,5 @@ notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py
 
 clean:
-	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .matrix .hypothesis build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
