@@ -67,7 +67,8 @@ EXACT = {
 
 # By name, as their tests show.
 REFUSES_BITS = {"pathwise", "dreg", "stl", "mean-field", "wake-sleep, dreg", "price", "score regression"}
-SLOW = {"looped", "piwae", "price", "score regression", "regression"}
+SLOW = {"looped", "piwae", "price", "score regression", "regression"}  # others of their kind are not
+SLOW |= {"ciwae", "miwae", "ovis, gamma = 1", "double-cv", "wake-sleep"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXACT])
