@@ -154,6 +154,9 @@ class _Loop(nn.Module):
         return (count, *(part.clone() for part in joined.split(*parts)))
 
 
+_SOURCES = _Loop.forward, _Joined.__init__, _Joined.join, _Joined.split  # what a package is made of, besides the step
+
+
 def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], None]) -> Block:
     """Load the loop, or compile it for this process and others."""
     step, noise = draw_ahead(step)
@@ -173,9 +176,6 @@ def _packaged_loop(step: fx.GraphModule, inputs: Inputs, say: Callable[[str], No
     say("compiling")
     loop = _Loop(step, len(tables), len(inputs.given))
     return _calling(store.save(name, lambda path: _package(loop, flat, options, path)), noise)
-
-
-_SOURCES = _Loop.forward, _Joined.__init__, _Joined.join, _Joined.split
 
 
 def _options(step: fx.GraphModule) -> dict[str, Any]:
