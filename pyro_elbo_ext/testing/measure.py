@@ -230,7 +230,7 @@ def enumerated_gradient(
             for trace in (traces.guide, traces.model)
         )
         draws = torch.cartesian_prod(*[torch.arange(size)] * num_particles).reshape(-1, num_particles).T
-        weight = (log_q if log_measure is None else log_q + log_measure)[draws].sum(0).exp()
+        weight = (log_q if log_measure is None else log_q + log_measure.to(device))[draws].sum(0).exp()
         value = (weight * bound((log_p - log_q)[draws])).sum()
         leaves = [pyro.param(name) for name in problem.params]
         totals = [

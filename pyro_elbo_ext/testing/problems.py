@@ -221,7 +221,7 @@ def auxiliary_bit(replicates: int) -> Problem:
 
 def auxiliary_states(nodes: int = 24) -> tuple[dict[str, Tensor], Tensor]:
     """Return values of bit and auxiliary site by Gauss-Hermite quadrature, and what makes their density a weight."""
-    points, weights = (torch.from_numpy(t) for t in np.polynomial.hermite_e.hermegauss(nodes))
+    points, weights = (torch.tensor(t) for t in np.polynomial.hermite_e.hermegauss(nodes))
     bits = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat_interleave(nodes)
     scale = torch.tensor(AUXILIARY_SCALES, dtype=torch.float64).repeat_interleave(nodes)
     log_measure = weights.log().repeat(2) + 0.5 * points.square().repeat(2) + scale.log()

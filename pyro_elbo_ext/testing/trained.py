@@ -99,9 +99,9 @@ def linear_vae(num_data: int = 100, dims: int = 4, latent_dim: int = 2) -> Linea
     References:
         Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse (Lucas et al., 2019, arXiv:1911.02469).
     """
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)  # the same data on every device
     scales = torch.linspace(2.0, 0.5, dims, dtype=torch.float64)
-    data = torch.randn(num_data, dims, dtype=torch.float64, generator=generator) * scales
+    data = torch.randn(num_data, dims, dtype=torch.float64, generator=generator, device="cpu").to(scales) * scales
     data = data - data.mean(0)
 
     def model() -> None:

@@ -102,13 +102,14 @@ def test_constants_and_user_scales_are_kept():
 
 
 def test_random_state_and_store():
-    before = torch.get_rng_state()
+    rng_state = torch.cuda.get_rng_state if torch.get_default_device().type == "cuda" else torch.get_rng_state
+    before = rng_state()
     draws = [posterior_draws(global_model, global_guide, num_samples=3, seed=1) for _ in range(2)]
     assert torch.equal(draws[0].log_weight, draws[1].log_weight)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, rng_state())
     params = {name: value.clone() for name, value in pyro.get_param_store().items()}
     posterior_draws(global_model, global_guide, num_samples=3)
-    assert not torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(before, rng_state())
     assert params.keys() == set(pyro.get_param_store().keys()) == {"gm", "gs", "a", "b", "c"}
     assert all(torch.equal(params[name], value) for name, value in pyro.get_param_store().items())
     assert all(value.requires_grad for value in pyro.get_param_store().values())

@@ -75,7 +75,7 @@ def given_indices_model():
 
 
 def dropout_guide():
-    m = torch.nn.functional.dropout(pyro.param("ms", torch.ones(50)), 0.5).sum()
+    m = torch.nn.functional.dropout(pyro.param("ms", torch.rand(50)), 0.5).sum()  # no two sums the same
     pyro.sample("z", dist.Normal(m, 1.0))
 
 

@@ -21,6 +21,7 @@ from pyro_elbo_ext.testing import (
     sample_gradients,
     z_score,
 )
+from pyro_elbo_ext.tracing import run_pair
 
 WAKE_PHI = {k: GOLDEN_GRADIENT["rws"][k] for k in (2, 3, 4)}
 
@@ -53,12 +54,11 @@ def wake_phi_exact(k):
 
     exact["theta"] = enumerated_gradient(belief_network, BELIEF_STATES, surrogate, k)[1]["theta"]
     problem = belief_network(8)
-    from pyro_elbo_ext.tracing import run_pair
-
+    states = {site: value.to(problem.params["theta"].device) for site, value in BELIEF_STATES.items()}
     with pyro.get_param_store().scope():
         for name, value in problem.params.items():
             pyro.param(name, value.clone())
-        traces = run_pair(problem.model, problem.guide, (), {}, BELIEF_STATES)
+        traces = run_pair(problem.model, problem.guide, (), {}, states)
         for trace in (traces.guide, traces.model):
             trace.compute_log_prob()
         log_q = sum(s["log_prob"] for s in traces.guide.nodes.values() if s["type"] == "sample")

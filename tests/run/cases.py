@@ -95,6 +95,7 @@ def scheduled():
 
 
 def shuffled_minibatches():
+    torch.set_default_device(None)  # of a GPU, where torch's loaders cannot draw; given back after the test
     pyro.set_rng_seed(5)
     coder = Coder()
     generator = torch.Generator().manual_seed(3)

@@ -100,7 +100,8 @@ Y = X @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.3 * torch.linspa
 def regression(rows):
     w = pyro.sample("w", dist.Normal(torch.zeros(FEATURES), 1.0).to_event(1))
     with pyro.plate("data", N, subsample=rows):
-        pyro.sample("y", dist.Normal((w * X[rows]).sum(-1), 0.5), obs=Y[rows])
+        x, y = (t[rows.to(t.device)].to(w) for t in (X, Y))  # the test itself runs it, too, on any device
+        pyro.sample("y", dist.Normal((w * x).sum(-1), 0.5), obs=y)
 
 
 def regression_guide(rows):
