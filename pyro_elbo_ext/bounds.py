@@ -29,7 +29,7 @@ __all__ = ["CIWAE", "ELBO", "IWAE", "MIWAE", "VRIWAE", "Bound", "FunctionBound",
 
 def log_mean_exp(log_w: Tensor) -> Tensor:
     r""":math:`\log \frac{1}{K} \sum_k w_k` over the first dimension; ``-inf`` is a weight of zero."""
-    return torch.logsumexp(log_w, dim=0) - math.log(log_w.shape[0])
+    return log_w[0] if log_w.shape[0] == 1 else torch.logsumexp(log_w, dim=0) - math.log(log_w.shape[0])
 
 
 class Bound:

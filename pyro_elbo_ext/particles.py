@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
@@ -51,6 +52,9 @@ class Draw:
     patched: bool = False
     flow_log_prob: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
+
+
+SMALL = 1024  # numbers in a term up to which calls cost more than memory
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,13 @@ class Particles:
     def log_weight(self) -> Tensor:
         """Log-weights ``[num_particles, *plates]`` in nats."""
         return self.log_joint - self.log_guide
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the nats of the whole from those of each plate element: scaled, added up, with the constants."""
+        if isinstance(self.scale, Tensor) or self.scale != 1:
+            value = value * self.scale
+        value = value.sum()
+        return value + self.constant if isinstance(self.constant, Tensor) or self.constant else value
 
 
 @dataclass
@@ -248,7 +259,9 @@ class ParticleSampler:
                 if is_validation_enabled():
                     check_site_shape({**node, "log_prob": log_prob}, self.max_plate_nesting + self.particle_dims)
                     self._check_left(name, log_prob, traces)
-                log_prob = self._example = scale_and_mask(log_prob, 1.0, node["mask"])
+                if node["mask"] is not None:
+                    log_prob = scale_and_mask(log_prob, 1.0, node["mask"])
+                self._example = log_prob
                 sites.append(Site(name, origin, log_prob, node, origin == "guide" and is_leaf(node)))
         return sites
 
@@ -305,12 +318,14 @@ class ParticleSampler:
 
     def _total(self, terms: Sequence[Tensor], layout: Layout) -> Tensor:
         """Add terms up over all but the particle and the common plates, each of which keeps its dimension."""
-        by_shape: dict[torch.Size, Tensor] = {}  # terms of one shape are added first, so that each shape is summed once
+        by_shape: dict[torch.Size, list[Tensor]] = {}  # terms of one shape are added first: each shape is summed once
         for term in terms:
-            by_shape[term.shape] = by_shape[term.shape] + term if term.shape in by_shape else term
+            by_shape.setdefault(term.shape, []).append(term)
         nesting = self.max_plate_nesting
         total = None
-        for shape, term in by_shape.items():
+        for shape, alike in by_shape.items():
+            small = len(alike) > 2 and shape.numel() <= SMALL
+            term = torch.stack(alike).sum(0) if small else sum(alike[1:], alike[0])
             if len(shape) <= nesting:
                 term = term.reshape((1,) * (nesting + 1 - len(shape)) + shape)
             dims = [d for d in range(-nesting, 0) if d not in layout.dims and term.shape[d] != 1]
@@ -395,10 +410,24 @@ def _frames(site: Any) -> list[tuple]:
     return [(f.name, f.dim, f.counter, f.full_size in (None, f.size)) for f in site["cond_indep_stack"]]
 
 
+def _is_own_value(delta: dist.Delta, value: Tensor) -> bool:
+    """Tell whether a ``Delta`` drew a value, which then is a view of all of its point."""
+    point = delta.v
+    if value is point:
+        return True
+    if value._base is None or value._base is not (point if point._base is None else point._base):
+        return False
+    places = [(t.shape, t.stride(), t.storage_offset()) for t in (value, point)]
+    return places[0] == places[1]
+
+
 def _log_prob(name: str, node: Any) -> Tensor:
     """Return a site's log-density, or say which site has none at its value."""
+    fn, value = node["fn"], node["value"]
+    if type(fn) is dist.Delta and value.is_floating_point() and _is_own_value(fn, value):
+        return fn.log_density
     try:
-        return node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        return fn.log_prob(value, *node["args"], **node["kwargs"])
     except ValueError as error:
         raise ValueError(f"at site '{name}': {error}") from error
     except (NotImplementedError, KeyError) as error:

@@ -246,7 +246,7 @@ def _user_scale(site: Site) -> float | Tensor:
         scale = scale / own_scale(site.node)
     if isinstance(scale, Tensor):
         return scale
-    return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else float(scale)
+    return 1.0 if scale == 1 or math.isclose(scale, 1.0, rel_tol=1e-12) else float(scale)
 
 
 def site_scales(

@@ -101,7 +101,7 @@ PLANTS = (
     _plant(
         "scale N/B inside the log",
         "gradients/pathwise.py",
-        "    objective = (bound(particles.log_weight) * particles.scale).sum() + particles.constant\n    if signal",
+        "    objective = particles.total(bound(particles.log_weight))\n    if signal",
         "    objective = bound(particles.log_weight * particles.scale).sum() + particles.constant\n    if signal",
         "elbo/test_plates.py::test_a_minibatch_estimates_the_full_bound",
     ),
@@ -177,15 +177,22 @@ PLANTS = (
     _plant(
         "mask ignored",
         "particles.py",
-        '                log_prob = self._example = scale_and_mask(log_prob, 1.0, node["mask"])\n',
-        "                self._example = log_prob\n",
+        'if node["mask"] is not None:',
+        "if False:",
         "elbo/test_plates.py::test_masked_data",
+    ),
+    _plant(
+        "every Delta at its own value",
+        "particles.py",
+        "    return places[0] == places[1]\n",
+        "    return True\n",
+        "elbo/test_subtle.py::test_a_point_is_told_from_another",
     ),
     _plant(
         "sum of weights for their mean",
         "bounds.py",
-        "    return torch.logsumexp(log_w, dim=0) - math.log(log_w.shape[0])\n",
-        "    return torch.logsumexp(log_w, dim=0)\n",
+        "torch.logsumexp(log_w, dim=0) - math.log(log_w.shape[0])\n",
+        "torch.logsumexp(log_w, dim=0)\n",
         "test_bounds.py::test_equal_weights_are_their_own_bound",
     ),
     _plant(

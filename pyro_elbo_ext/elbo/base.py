@@ -7,10 +7,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_elbo_ext.gradients.pathwise import Estimate
@@ -164,11 +164,10 @@ class ParticleELBO(ELBO):
             NonFiniteError: a log-weight is not finite; site and particle are named. Or a gradient is not; its parameter
                 is named. No gradient was added.
         """
-        with pyro.poutine.trace(param_only=True) as capture:
+        with _Parameters() as met:
             estimate, value = self._checked(model, guide, args, kwargs)
         if estimate.objective.requires_grad:
-            nodes: Mapping[str, Any] = capture.trace.nodes
-            leaves = {name: site["value"].unconstrained() for name, site in nodes.items()}
+            leaves = {name: value.unconstrained() for name, value in met.values.items()}
             leaves = {name: leaf for name, leaf in leaves.items() if leaf.is_leaf and leaf.requires_grad}
             _add_gradient(-estimate.objective, leaves, self.retain_graph)
         return -value
@@ -177,23 +176,50 @@ class ParticleELBO(ELBO):
         """Estimate the objective, having left out or refused what is not finite, at the price of one host sync."""
         sampler, draws, estimate = self._run(model, guide, args, kwargs)
         log_w = estimate.particles.log_weight.detach()
-        bad = ~torch.isfinite(log_w)
-        value, num_bad = torch.stack([estimate.objective.detach(), bad.sum().to(log_w.dtype)]).tolist()
-        if num_bad:
-            invalid = bad & (log_w != -math.inf)
-            if self.nonfinite == "raise" and invalid.any():
-                hint = self._can_drop and not self._zero_weight_is_fatal
-                raise NonFiniteError(_describe(estimate.particles, invalid, droppable=hint))
-            if self._zero_weight_is_fatal:  # an average of logs is -inf with any one of them
-                raise NonFiniteError(_describe(estimate.particles, bad))
-            if bad.all(0).any():
-                raise NonFiniteError(_describe(estimate.particles, bad & bad.all(0), "of every particle "))
-            seen, self.num_dropped = estimate.particles, self.num_dropped + int(invalid.sum())
-            estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
-            value = float(estimate.objective.detach())
+        value, total = torch.stack([estimate.objective.detach(), log_w.sum()]).tolist()
+        if not math.isfinite(total):
+            bad = ~torch.isfinite(log_w)
+            if bad.any():  # or the sum overflowed
+                return self._without(bad, sampler, draws, estimate)
         if not math.isfinite(value):
-            raise NonFiniteError(_describe(seen, bad) if num_bad else _describe_constant(estimate.particles))
+            raise NonFiniteError(_describe_constant(estimate.particles))
         return estimate, value
+
+    def _without(
+        self, bad: Tensor, sampler: ParticleSampler, draws: list, estimate: Estimate
+    ) -> tuple[Estimate, float]:
+        """Estimate the objective anew without some particles, or say why they cannot be left out."""
+        particles = estimate.particles
+        log_w = particles.log_weight.detach()
+        invalid = bad & (log_w != -math.inf)
+        if self.nonfinite == "raise" and invalid.any():
+            hint = self._can_drop and not self._zero_weight_is_fatal
+            raise NonFiniteError(_describe(particles, invalid, droppable=hint))
+        if self._zero_weight_is_fatal:  # an average of logs is -inf with any one of them
+            raise NonFiniteError(_describe(particles, bad))
+        if bad.all(0).any():
+            raise NonFiniteError(_describe(particles, bad & bad.all(0), "of every particle "))
+        self.num_dropped += int(invalid.sum())
+        estimate = self._estimate(sampler, sampler.drop(draws, log_w, bad))
+        value = float(estimate.objective.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(_describe(particles, bad))
+        return estimate, value
+
+
+class _Parameters(Messenger):
+    """Collects the parameters met by name: ``poutine.trace(param_only=True)`` without its price at every other site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Any] = {}
+
+    def _process_message(self, msg: Any) -> None:
+        pass
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "param":
+            self.values[msg["name"]] = msg["value"]
 
 
 def _add_gradient(loss: Tensor, leaves: Mapping[str, Tensor], retain_graph: bool | None) -> None:
@@ -220,8 +246,9 @@ def _check_gradient(grads: Mapping[str, Tensor], loss: Tensor) -> None:
     """Look at all gradients at the price of one host sync."""
     dense = {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in grads.items()}
     dense = {name: grad for name, grad in dense.items() if grad.numel()}
-    sizes = torch._foreach_norm(list(dense.values()), math.inf) if dense else ()  # what clip_grad_norm_ calls
-    if not sizes or all(map(math.isfinite, torch.stack([size.to(loss) for size in sizes]).tolist())):
+    norms = torch._foreach_norm(list(dense.values()), math.inf) if dense else ()  # what clip_grad_norm_ calls
+    sizes = [size if size.device == loss.device else size.to(loss.device) for size in norms]
+    if not sizes or all(map(math.isfinite, torch.stack(sizes).tolist())):
         return
     name, grad = next((name, grad) for name, grad in dense.items() if not grad.isfinite().all())
     raise NonFiniteError(

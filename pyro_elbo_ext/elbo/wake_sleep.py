@@ -141,7 +141,7 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
         v = self.bound.path_weights(log_w) * particles.scale
         surrogate = (v * finite(particles.log_joint)).sum() + self.insomnia * (v * particles.log_guide).sum()
         surrogate = surrogate + particles.constant
-        value = (self.bound(log_w) * particles.scale).sum() + particles.constant
+        value = particles.total(self.bound(log_w))
         value = value.detach() if isinstance(value, Tensor) else value
         return Estimate(value + (surrogate - surrogate.detach()), particles)
 

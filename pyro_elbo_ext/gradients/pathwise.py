@@ -161,7 +161,7 @@ def attached(
         signal: gives what multiplies a particle's score, at detached log-weights; None without such sites.
     """
     particles = sampler.evaluate(draws)
-    objective = (bound(particles.log_weight) * particles.scale).sum() + particles.constant
+    objective = particles.total(bound(particles.log_weight))
     if signal is not None and torch.is_grad_enabled():
         surrogate = scored(sampler, draws, particles, signal)
         if getattr(bound, "linear", False):  # v is constant, so the score in log_weight is noise of mean zero
@@ -225,7 +225,7 @@ def replayed(
     for z, slope in zip(drawn, slopes, strict=True):
         if slope is not None:
             surrogate = surrogate + (slope * z).sum()
-    value = (bound(log_w.detach()) * particles.scale).sum() + particles.constant
+    value = particles.total(bound(log_w.detach()))
     value = value.detach()
     return Estimate(value + (surrogate - surrogate.detach()), particles)
 

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 
 from pyro_elbo_ext import IWAE_ELBO, MeanField_ELBO
+from pyro_elbo_ext.elbo.base import NonFiniteError
 from pyro_elbo_ext.testing import Problem, sample_gradients
 from tests.cases import global_guide, global_model, local_model
 
@@ -184,3 +185,30 @@ def test_a_weight_that_depends_on_no_leaf_smoothly():
         pyro.sample("z", dist.Uniform(torch.tensor(0.5), 1.0))
 
     assert IWAE_ELBO(4, "dreg").loss_and_grads(model, guide) == pytest.approx(math.log(4))
+
+
+def test_a_point_is_told_from_another():
+    """What a Delta drew itself has its log-density without a look; another value has none, of the same storage too."""
+    points = torch.tensor([0.5, 0.5, 1.5])
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+    def guide(point=points[:2]):
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Delta(point, log_density=torch.tensor([0.25, 0.5])))
+
+    log_joint = dist.Normal(0.0, 1.0).log_prob(points[:2]) + dist.Normal(points[:2], 1.0).log_prob(torch.ones(2))
+    assert -IWAE_ELBO(1).loss(model, guide) == pytest.approx(float(log_joint.sum()) - 0.75)
+    with pytest.raises(NonFiniteError, match="guide site 'z'"):
+        IWAE_ELBO(1).loss(model, pyro.poutine.replay(guide, pyro.poutine.trace(guide).get_trace(points[1:])))
+
+
+def test_weights_whose_sum_overflows_are_fine():
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("far", torch.tensor(-1e308, requires_grad=True))
+
+    assert IWAE_ELBO(4).loss(model, lambda: pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))) == 1e308

@@ -212,6 +212,7 @@ def test_fit_takes_compiled_steps(tmp_path):
     assert len(set(found["own loop"][0])) == 20  # without noise, so that all steps moved
 
 
+@pytest.mark.convergence
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "graph"])
 def test_it_stops_before_a_step_that_is_not_finite(compiled, request):
     if not compiled:
