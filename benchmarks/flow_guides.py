@@ -17,7 +17,12 @@ has all the data, on the device that it chooses. ``3x64`` is three transforms wi
 as many as there are coordinates, the least that both libraries take (on the groups this is NumPyro's default); ``stl``
 trains under sticking-the-landing. Milliseconds are a step's, on a CPU the processor's, without NumPyro's compilation.
 
+What ``AutoFlow`` might do otherwise is run if it is named: ``spline`` and ``coupling`` for autoregressive layers,
+``tril`` for a dense outer affine map, ``elu`` for SiLU, ``even`` for location and scale that learn as the networks do,
+and ``as-is`` without non-centring.
+
     python benchmarks/flow_guides.py [--only funnel] [--guides AutoFlow AutoPlatedFlow] [--seeds 3] [--steps 4000]
+    python benchmarks/flow_guides.py --variants  # what AutoFlow might do otherwise, on the first two
     python benchmarks/flow_guides.py --robust  # our guides, three rates, five seeds: crashes and non-finite losses
     python benchmarks/flow_guides.py --cost    # a step relative to AutoDiagonalNormal's, in turns
     python benchmarks/flow_guides.py --scale   # AutoPlatedFlow on 1 000 and 10 000 groups: parameters, memory, time
@@ -36,6 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +53,10 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.enum import get_importance_trace
 from timing import ratio_to, timed, versions
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_elbo_ext
+from pyro_elbo_ext.guides import make_flow
 
 PARTICLES, DECAYED, CLIP, CHUNK = 16, 0.02, 10.0, 2000
 GAUSSIAN_RATE, FLOW_RATE = 2e-2, 5e-3
@@ -113,6 +120,15 @@ GUIDES: dict[str, Entry] = {
     "AutoFlow-stl": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, flow="iaf"), loss=sticking_the_landing),
     "AutoPlatedFlow": Entry(plated_flow, minibatches=True),
 }
+VARIANTS: dict[str, Entry] = {
+    "AutoFlow-spline": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, flow="spline")),
+    "AutoFlow-coupling": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, flow="coupling")),
+    "AutoFlow-tril": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, affine="tril")),
+    "AutoFlow-elu": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, flow=partial(make_flow, "iaf", activation=nn.ELU))),
+    "AutoFlow-even": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, affine_rate=1.0)),
+    "AutoFlow-as-is": Entry(lambda t: pyro_elbo_ext.AutoFlow(t.model, noncenter=False)),
+}
+ENTRIES = GUIDES | VARIANTS
 OURS = ("AutoFlow", "AutoPlatedFlow")
 NUMPYRO_GUIDES: dict[str, tuple[str, Callable[[Target], dict[str, Any]]]] = {
     "numpyro-AutoIAFNormal": ("AutoIAFNormal", lambda t: {}),
@@ -179,7 +195,7 @@ def train(target: Target, name: str, seed: int, settings: Settings, rate: float 
     """Train a guide of either library."""
     if name in NUMPYRO_GUIDES:
         return numpyro_train(target, name, seed, settings)
-    run = Run(target, GUIDES[name], seed, settings.steps, rate)
+    run = Run(target, ENTRIES[name], seed, settings.steps, rate)
     losses: list[float] = []
     seconds = settings.seconds(lambda: losses.extend(run.steps(settings.steps)))
     return Trained(np.array(losses), seconds, run.parameters, run.weights(settings.draws))
@@ -289,7 +305,7 @@ def robust(targets: list[Target], names: list[str], settings: Settings) -> Itera
 
 def take_turns(target: Target, names: list[str], settings: Settings) -> dict[str, list[float]]:
     """Return the seconds of a step, turn by turn."""
-    runs = {name: Run(target, GUIDES[name], 0, settings.steps) for name in names}
+    runs = {name: Run(target, ENTRIES[name], 0, settings.steps) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(settings.turns + 1):
         for name, run in runs.items():
@@ -301,7 +317,7 @@ def take_turns(target: Target, names: list[str], settings: Settings) -> dict[str
 
 def cost(targets: list[Target], names: list[str], settings: Settings) -> Iterator[dict[str, Any]]:
     """Print what a step costs relative to the reference, medians of the ratio within a turn."""
-    names = [REFERENCE, *(n for n in names if n in GUIDES and n != REFERENCE)]
+    names = [REFERENCE, *(n for n in names if n in ENTRIES and n != REFERENCE)]
     print(f"{'target':16}{'guide':30}{'ms/step':>9}{'ratio':>8}  quartiles")
     for target in targets:
         times = take_turns(target, names, settings)
@@ -354,23 +370,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), default=None, help="targets")
-    parser.add_argument("--guides", nargs="+", choices=[*GUIDES, *NUMPYRO_GUIDES], default=None)
+    parser.add_argument("--guides", nargs="+", choices=[*ENTRIES, *NUMPYRO_GUIDES], default=None)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--draws", type=int, default=20_000, help="fewer show that it runs, and settle nothing")
     parser.add_argument("--turns", type=int, default=COST_TURNS, help="of --cost")
-    for mode in ("robust", "cost", "scale"):
+    for mode in ("variants", "robust", "cost", "scale"):
         parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="quality")
     return parser.parse_args(argv)
 
 
 def choose(options: argparse.Namespace) -> tuple[list[Target], list[str]]:
     """Return what the mode runs, unless told otherwise."""
-    usual = {"robust": OURS, "scale": OURS[1:], "cost": tuple(GUIDES)}.get(options.mode, (*GUIDES, *NUMPYRO_GUIDES))
+    usual = {"robust": OURS, "scale": OURS[1:], "cost": (*GUIDES, "AutoFlow-spline"), "variants": tuple(VARIANTS)}.get(
+        options.mode, (*GUIDES, *NUMPYRO_GUIDES)
+    )
     names = available(options.guides or usual)
     if options.mode == "scale":
         return [groups(number) for number in SCALE_GROUPS], names
-    few = ("eight-schools", "funnel") if options.mode == "cost" else tuple(TARGETS)
+    few = ("eight-schools", "funnel") if options.mode in ("cost", "variants") else tuple(TARGETS)
     return [TARGETS[name]() for name in options.only or few], names
 
 
@@ -383,10 +401,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = options.seeds or (ROBUST_SEEDS if options.mode == "robust" else 3)
     settings = Settings(options.device, seeds, options.steps, options.draws, options.turns)
     print(f"{settings.device}, {torch.get_num_threads()} thread, {versions()}", flush=True)
-    report: dict[str, Any] = {"settings": settings._asdict(), "versions": versions(), options.mode: []}
-    mode = {"robust": robust, "cost": cost, "scale": scale, "quality": quality}[options.mode]
-    for row in mode(*choose(options), settings):
-        report[options.mode].append(row)
+    modes = {"robust": robust, "cost": cost, "scale": scale}
+    key = options.mode if options.mode in modes else "quality"
+    report: dict[str, Any] = {"settings": settings._asdict(), "versions": versions(), key: []}
+    for row in modes.get(key, quality)(*choose(options), settings):
+        report[key].append(row)
         if options.output:  # as soon as there is a row
             options.output.write_text(json.dumps(report, indent=1))
     return 0

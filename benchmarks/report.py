@@ -81,6 +81,8 @@ SECTIONS = (
     Section("flow-guides", "Flow guides: KL to posteriors known exactly", "flow_guides.py",
             (*FAST_FLOWS, "--only", "eight-schools", "funnel"), (), (480, 14400), accuracy.flow_guides,
             plots.flow_guides),
+    Section("flow-variants", "Flow guides: what AutoFlow might do otherwise", "flow_guides.py",
+            ("--variants", *FAST_FLOWS), ("--variants",), (240, 7200), accuracy.flow_guides),
     Section("flow-costs", "Flow guides: step cost", "flow_guides.py", ("--cost", "--turns", "5"), ("--cost",),
             (240, 1800),
             accuracy.flow_costs),
