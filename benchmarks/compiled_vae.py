@@ -27,6 +27,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import SVI
+from timing import clock_of, versions
 from torch import Tensor, nn
 
 from pyro_elbo_ext import IWAE_ELBO, CompiledSVI, Minibatches
@@ -113,7 +114,7 @@ def worker(way: str, batch_size: int, num_particles: int, device: str, budget: f
     steps = make_steps(way, batch_size, num_particles, device)
 
     def timed(number: int) -> float:
-        clock = time.perf_counter if device == "cuda" else time.process_time
+        clock = clock_of(device)
         start = clock()
         steps(number)
         if device == "cuda":
@@ -157,8 +158,6 @@ def main() -> None:
         print(f"batch {batch_size:>3}, K = {num_particles:>2}{'':8}{times}{next(ratios):>10.2f}{next(ratios):>12.2f}")
         rows.append({"batch_size": batch_size, "num_particles": num_particles, **row})
     if args.output:
-        from timing import versions
-
         args.output.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
 
 

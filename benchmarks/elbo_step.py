@@ -2,8 +2,9 @@
 
 Two models: a VAE 784-200-200-50 with K = 50 particles, held against Pyro's vectorised ``RenyiELBO(alpha=0)``; and a
 model of ten scalar latents with an ``AutoNormal`` guide, held against ``Trace_ELBO``. Losses take turns, and a ratio is
-the median over turns of the ratio within one turn, so a machine whose speed drifts does not matter. Memory is the
-growth of the peak resident set over the first steps of a fresh process (of the allocator's peak on a GPU).
+the median over turns of the ratio within one turn, so a machine whose speed drifts does not matter; on a CPU it is one
+thread's, of the processor's time. Memory is the growth of the peak resident set over the first steps of a fresh process
+(of the allocator's peak on a GPU).
 
     python benchmarks/elbo_step.py [--device cuda] [--quick] [--output elbo_step.json]
 """
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     if options.memory_of:
         print(peak_memory(options.memory_of, 50, 400, options.device))

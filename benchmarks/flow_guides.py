@@ -37,7 +37,6 @@ import json
 import math
 import os
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ from flow_targets import TARGETS, Target, groups
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.enum import get_importance_trace
-from timing import ratio_to, timed, versions
+from timing import clock_of, ratio_to, timed, versions
 from torch import Tensor, nn
 
 import pyro_elbo_ext
@@ -76,7 +75,7 @@ class Settings(NamedTuple):
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds of a call, on a CPU the processor's."""
-        return timed(work, self.device, time.process_time if self.device == "cpu" else time.perf_counter)
+        return timed(work, self.device, clock_of(self.device))
 
 
 def trace_elbo() -> Trace_ELBO:
@@ -215,7 +214,7 @@ def numpyro_train(target: Target, name: str, seed: int, settings: Settings) -> T
     state = svi.init(init_key)
     loop = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s), state, length=settings.steps))
     loop, found = loop.lower(state).compile(), []
-    seconds = timed(lambda: found.append(jax.block_until_ready(loop(state))), "cpu", time.process_time)
+    seconds = timed(lambda: found.append(jax.block_until_ready(loop(state))), "cpu", clock_of("cpu"))
     params = svi.get_params(found[0][0])
     weights = numpyro_weights(model, guide, params, jax.random.split(key, settings.draws))
     return Trained(np.array(found[0][1]), seconds, sum(leaf.size for leaf in jax.tree.leaves(params)), weights)

@@ -30,7 +30,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
-from timing import timed, versions
+from timing import clock_of, timed, versions
 from torch import Tensor
 
 from pyro_elbo_ext import VRIWAE_ELBO, MeanField_ELBO, NaturalGradient, ScoreRegression_ELBO
@@ -179,7 +178,7 @@ def follow(who: Contestant, problem: Problem, optimum: Optimum, seed: int, devic
     """Train without end, or until it diverges; set-up counts."""
     pyro.set_rng_seed(seed)
     exact, steps, seconds = problem.precise(), 0, 0.0
-    clock = time.process_time if device == "cpu" else time.perf_counter
+    clock = clock_of(device)
     with pyro.get_param_store().scope():
         guide = who.guide(problem.model)
         svi = SVI(problem.model, guide, who.optim(), who.loss())

@@ -96,6 +96,7 @@ SECTIONS = (
     Section("conformance", "Which identities hold", "conformance.py", Q, (), (300, 7200), accuracy.conformance,
             flag="--json"),
     Section("readme", "The README's code", "readme.py", (), (), (300, 900), accuracy.readme),
+    Section("gallery", "The models", "gallery.py", Q, (), (300, 7200), accuracy.gallery),
     Section("reproduce", "Published set-ups, trained briefly", "reproduce.py", ("--rows", "iwae-5", "--seconds", "10"),
             ("--seconds", "45", "--seeds", "2"), (300, 7200), accuracy.reproduce, folder=("mnist", "--data")),
 )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 
 from report_tables import Comparison, Data, Found, faster, markdown_table, show, spread, within
 
-__all__ = ["autofit", "conformance", "flow_costs", "flow_guides", "flow_robust", "flow_scale", "natural_gradient",
-           "reproduce", "staged_stop"]  # fmt: skip
+__all__ = ["autofit", "conformance", "flow_costs", "flow_guides", "flow_robust", "flow_scale", "gallery",
+           "natural_gradient", "readme", "reproduce", "staged_stop"]  # fmt: skip
 
 TARGETS = ("1.0", "0.1", "0.01")
 
@@ -248,6 +248,15 @@ def readme(data: Data) -> Found:
     for row in data["rows"]:
         exact = "" if row["log_evidence"] is None else f", log evidence {row['log_evidence']:.1f} nats"
         parts.append(f"**{row['title']}**, {row['seconds']:.0f} s{exact}\n\n```\n{row['printed'].rstrip()}\n```")
+    return Found("\n\n".join(parts), [])
+
+
+def gallery(data: Data) -> Found:
+    """What the models print."""
+    parts = [
+        f"**`models/{row['model']}.py`**, {row['seconds']:.0f} s\n\n```\n{row['printed'].strip()}\n```"
+        for row in data["rows"]
+    ]
     return Found("\n\n".join(parts), [])
 
 

@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,7 +32,7 @@ import pyro
 import torch
 from belief_network import BATCH, BeliefNetwork, Digits, load
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
-from timing import ratio_to, take_turns, timed, versions
+from timing import clock_of, ratio_to, take_turns, timed, versions
 
 from pyro_elbo_ext import IWAE_ELBO, ReweightedWakeSleep_ELBO, ScoreFunction_ELBO
 
@@ -68,7 +67,7 @@ class Settings(NamedTuple):
     @property
     def clock(self) -> Callable[[], float]:
         """What seconds are read from."""
-        return time.process_time if self.device == "cpu" else time.perf_counter
+        return clock_of(self.device)
 
     @property
     def every(self) -> int:

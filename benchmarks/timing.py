@@ -21,6 +21,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """Return the clock to time steps by: on a CPU the processor's, which other work beside hardly moves."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
 def timed(work: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds that a call takes."""
     synchronize(device)
@@ -61,8 +66,8 @@ def ratio_to(reference: list[float], found: list[float]) -> dict[str, float]:
 
 
 def compare(losses: dict[str, Any], pair: tuple, steps: int, turns: int, device: str) -> dict[str, dict[str, float]]:
-    """Time the losses in turns; the first is the reference of the ratios."""
-    times = take_turns(losses, pair, steps, turns, device)
+    """Time the losses in turns by the device's clock; the first is the reference of the ratios."""
+    times = take_turns(losses, pair, steps, turns, device, clock_of(device))
     reference = next(iter(times.values()))
     return {name: {"ms": 1e3 * statistics.median(found)} | ratio_to(reference, found) for name, found in times.items()}
 
