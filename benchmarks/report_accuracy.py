@@ -253,10 +253,7 @@ def readme(data: Data) -> Found:
 
 def gallery(data: Data) -> Found:
     """What the models print."""
-    parts = [
-        f"**`models/{row['model']}.py`**, {row['seconds']:.0f} s\n\n```\n{row['printed'].strip()}\n```"
-        for row in data["rows"]
-    ]
+    parts = [f"**{row['run']}**, {row['seconds']:.0f} s\n\n```\n{row['printed'].strip()}\n```" for row in data["rows"]]
     return Found("\n\n".join(parts), [])
 
 
