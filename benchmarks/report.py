@@ -82,7 +82,7 @@ SECTIONS = (
             (*FAST_FLOWS, "--only", "eight-schools", "funnel"), (), (480, 14400), accuracy.flow_guides,
             plots.flow_guides),
     Section("flow-variants", "Flow guides: what AutoFlow might do otherwise", "flow_guides.py",
-            ("--variants", *FAST_FLOWS), ("--variants",), (240, 7200), accuracy.flow_guides),
+            None, ("--variants",), (0, 7200), accuracy.flow_guides),
     Section("flow-costs", "Flow guides: step cost", "flow_guides.py", ("--cost", "--turns", "5"), ("--cost",),
             (240, 1800),
             accuracy.flow_costs),
@@ -96,7 +96,7 @@ SECTIONS = (
     Section("conformance", "Which identities hold", "conformance.py", Q, (), (300, 7200), accuracy.conformance,
             flag="--json"),
     Section("readme", "The README's code", "readme.py", (), (), (300, 900), accuracy.readme),
-    Section("gallery", "The models", "gallery.py", Q, (), (300, 7200), accuracy.gallery),
+    Section("gallery", "The models", "gallery.py", Q, (), (420, 7200), accuracy.gallery),
     Section("reproduce", "Published set-ups, trained briefly", "reproduce.py", ("--rows", "iwae-5", "--seconds", "10"),
             ("--seconds", "45", "--seeds", "2"), (300, 7200), accuracy.reproduce, folder=("mnist", "--data")),
 )  # fmt: skip
