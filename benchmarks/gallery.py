@@ -21,6 +21,7 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 HELPERS = ("datasets", "options", "report")
 NAMES = sorted(path.stem for path in MODELS.glob("*.py") if path.stem not in HELPERS)
 OTHERWISE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "bayesian_regression": (("--family", "linear"),),
     "state_space": (("--kind", "volatility"),),
     "flow_vae": (*(("--seed", str(seed)) for seed in range(1, 5)), ("--steps", "400")),
     "two_modes": (("--seed", "1"), ("--seed", "2")),
