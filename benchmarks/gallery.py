@@ -24,7 +24,7 @@ OTHERWISE: dict[str, tuple[tuple[str, ...], ...]] = {
     "bayesian_regression": (("--family", "linear"),),
     "state_space": (("--kind", "volatility"),),
     "flow_vae": (*(("--seed", str(seed)) for seed in range(1, 5)), ("--steps", "400")),
-    "two_modes": (("--seed", "1"), ("--seed", "2")),
+    "two_modes": tuple(("--seed", str(seed)) for seed in range(1, 5)),
 }
 
 
