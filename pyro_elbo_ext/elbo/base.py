@@ -246,11 +246,16 @@ def _check_gradient(grads: Mapping[str, Tensor], loss: Tensor) -> None:
     """Look at all gradients at the price of one host sync."""
     dense = {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in grads.items()}
     dense = {name: grad for name, grad in dense.items() if grad.numel()}
-    norms = torch._foreach_norm(list(dense.values()), math.inf) if dense else ()  # what clip_grad_norm_ calls
+    norms = (
+        torch._foreach_norm(list(dense.values())) if dense else ()
+    )  # what clip_grad_norm_ calls; the fastest of norms
     sizes = [size if size.device == loss.device else size.to(loss.device) for size in norms]
     if not sizes or all(map(math.isfinite, torch.stack(sizes).tolist())):
         return
-    name, grad = next((name, grad) for name, grad in dense.items() if not grad.isfinite().all())
+    found = next(((name, grad) for name, grad in dense.items() if not grad.isfinite().all()), None)
+    if found is None:  # only the squares overflowed
+        return
+    name, grad = found
     raise NonFiniteError(
         f"the gradient of parameter '{name}' is {grad[~grad.isfinite()][0].item()} although the loss is "
         f"{loss.item()}. Nothing was updated. Look for a derivative that is not finite, as of a root or a norm at 0, "
