@@ -109,5 +109,6 @@ def flow_guides(data: Data, figure: Figure) -> None:
                 ours = row["guide"].startswith(("AutoFlow", "AutoPlatedFlow"))
                 axes.semilogx(row["kl"], guides.index(row["guide"]), "o", color="C0" if ours else "C1", ms=5)
         axes.set_yticks(range(len(guides)), guides, fontsize=7)
-        axes.set(title=target, xlabel="KL to the posterior, nats")
+        axes.set_title(target)
         axes.grid(alpha=0.3, axis="x")
+    figure.supxlabel("KL to the posterior, nats", fontsize=10)
