@@ -28,6 +28,13 @@ OTHERWISE: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+def choose(names: Sequence[str], quick: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Return models and their arguments: as they come first, then otherwise."""
+    if quick:
+        return [(name, ("--quick",)) for name in names]
+    return [(name, ()) for name in names] + [(name, other) for name in names for other in OTHERWISE.get(name, ())]
+
+
 def run(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a model's table, what it prints, and the seconds it takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,11 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
-    usual = ("--quick",) if options.quick else ()
-    runs = [(name, usual) for name in options.only]
-    if not options.quick:
-        runs += [(name, arguments) for name in options.only for arguments in OTHERWISE.get(name, ())]
-    for name, arguments in runs:
+    for name, arguments in choose(options.only, options.quick):
         rows.append(run(name, arguments))
         print(f"{rows[-1]['run']}, {rows[-1]['seconds']:.0f} s\n{rows[-1]['printed']}\n", flush=True)
         if options.output:

@@ -211,9 +211,23 @@ def test_every_claim_stands_in_the_readme_and_names_its_source():
     text = claims["plain_text"]((ROOT / "README.md").read_text(encoding="utf8"))
     for claim in claims["CLAIMS"]:
         assert claim.words in text, claim.words
-        assert claim.source in {"", *report.TITLES} or re.fullmatch(r"`python .*`", claim.source), claim
+        assert claim.source in report.TITLES or re.fullmatch(r"`python .*`", claim.source), claim
     table = report.claims_table({"elbo-step": STEPS}, "", report.TITLES)
     assert "not among this run's rows" in table and "no longer in the README" in table
+
+
+def test_what_is_claimed_of_the_models_is_run():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        gallery = importlib.import_module("gallery")
+    claims = [claim for claim in report.claims_table.__globals__["CLAIMS"] if claim.source == "gallery"]
+    runs = [" ".join((name, *arguments)) for name, arguments in gallery.choose(gallery.NAMES, quick=False)]
+    rows = [{"run": title, "table": [{"objective": "first"}, {"objective": "last"}]} for title in runs]
+    assert len(claims) > 10 and len(set(runs)) == len(runs)
+    for claim in claims:
+        assert "last" in claim.here({"gallery": {"rows": rows}}), claim
+    reduced = [" ".join((name, *arguments)) for name, arguments in gallery.choose(gallery.NAMES, quick=True)]
+    assert reduced == [f"{name} --quick" for name in gallery.NAMES]
 
 
 def test_the_committed_report_has_neither_host_nor_paths():
