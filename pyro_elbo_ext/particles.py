@@ -34,6 +34,8 @@ from pyro_elbo_ext.tracing import PARTICLE_PLATE, Traces, run_guide, run_model, 
 
 __all__ = ["Draw", "ParticleSampler", "Particles", "make_draw"]
 
+SMALL = 1024  # numbers in a term up to which calls cost more than memory
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -52,9 +54,6 @@ class Draw:
     patched: bool = False
     flow_log_prob: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
-
-
-SMALL = 1024  # numbers in a term up to which calls cost more than memory
 
 
 @dataclass(frozen=True)

