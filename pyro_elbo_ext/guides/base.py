@@ -30,7 +30,7 @@ from pyro_elbo_ext.guides.flows import RATE, Affine, Flow, as_flow, make_flow
 from pyro_elbo_ext.guides.noncentering import PriorRun, center, known_prior, whiten
 from pyro_elbo_ext.guides.packing import Packing, zero_nonfinite
 from pyro_elbo_ext.guides.saving import SavedGuide
-from pyro_elbo_ext.guides.structure import Latent, check_rows, inspect_model, is_identity
+from pyro_elbo_ext.guides.structure import Latent, check_rows, inspect_model, inverse_log_det, is_identity
 from pyro_elbo_ext.guides.summaries import covariance_triangle, gaussian_draws, many_draws
 from pyro_elbo_ext.guides.summaries import quantiles as _quantiles
 from pyro_elbo_ext.tracing import forked_rng
@@ -204,6 +204,7 @@ class FlowGuide(SavedGuide):
         """Return the flows with their parameters in place, registered with Pyro."""
         if self._packing is not None:
             self._packing.unpack(self.weights, self.mask)
+            return self._modules["flows"]  # which has no parameters for Pyro to look for
         return self.flows
 
     def _weights(self) -> Tensor | None:
@@ -277,8 +278,7 @@ class FlowGuide(SavedGuide):
             latent, value = slot.latent, draw.values[slot.name]
             density: Tensor | float = -draw.ladj[slot.name] if slot.weight is not None else 0.0
             if not is_identity(latent.transform) and poutine.get_mask() is not False:
-                jacobian = latent.transform.inv.log_abs_det_jacobian(value, draw.unconstrained[slot.name])
-                density = density + sum_rightmost(jacobian, jacobian.dim() - value.dim() + latent.event_dim)
+                density = density + inverse_log_det(latent, value, draw.unconstrained[slot.name])
             with _inside(latent.plates, plates):
                 fn = dist.Delta(value, log_density=density, event_dim=latent.event_dim)
                 result[slot.name] = pyro.sample(slot.name, fn)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
@@ -19,7 +20,16 @@ from torch.distributions import ExpTransform, Transform, biject_to, constraints
 from pyro_elbo_ext.guides.noncentering import LocationScale, location_scale
 from pyro_elbo_ext.sites import base_name, plate_factor
 
-__all__ = ["Latent", "Structure", "check_rows", "constrain", "inspect_model", "is_identity", "finite"]
+__all__ = [
+    "Latent",
+    "Structure",
+    "check_rows",
+    "constrain",
+    "finite",
+    "inspect_model",
+    "inverse_log_det",
+    "is_identity",
+]
 
 
 _POSITIVE = biject_to(constraints.positive)
@@ -244,26 +254,39 @@ def check_rows(structure: Structure, create_plates: Callable | None, args: tuple
         )
 
 
+def _base(transform: Transform) -> Transform:
+    """Return what a transform does to each value of an event."""
+    return getattr(transform, "base_transform", transform)
+
+
 def is_identity(transform: Transform) -> bool:
     """Tell whether a transform is that of an unbounded support."""
-    return isinstance(transform, torch.distributions.ComposeTransform) and not transform.parts
+    base = _base(transform)
+    return isinstance(base, torch.distributions.ComposeTransform) and not base.parts
+
+
+def _is_exponential(transform: Transform) -> bool:
+    """Tell whether a transform is that onto the positive line, of one value or of each in an event."""
+    base = _base(transform)
+    return base == _POSITIVE or isinstance(base, ExpTransform)
 
 
 def constrain(transform: Transform, u: Tensor) -> Tensor:
     """Return the constrained value, inside the support where rounding would put a positive one at 0 or infinity."""
     if is_identity(transform):
         return u
-    value = transform(u)
     if _is_exponential(transform):
-        limits = torch.finfo(value.dtype)
-        value = value.clamp(limits.tiny, limits.max)
-    return value
+        limits = torch.finfo(u.dtype)
+        return u.exp().clamp(limits.tiny, limits.max)
+    return transform(u)
 
 
-def _is_exponential(transform: Transform) -> bool:
-    """Tell whether a transform is that onto the positive line, of one value or of each in an event."""
-    base = getattr(transform, "base_transform", transform)
-    return base == _POSITIVE or isinstance(base, ExpTransform)
+def inverse_log_det(latent: Latent, value: Tensor, u: Tensor) -> Tensor:
+    """Return the log-determinant of the way from a site's value to its unconstrained one, its event summed over."""
+    if _is_exponential(latent.transform):
+        return sum_rightmost(-u, latent.event_dim)
+    jacobian = latent.transform.inv.log_abs_det_jacobian(value, u)
+    return sum_rightmost(jacobian, jacobian.dim() - value.dim() + latent.event_dim)
 
 
 def finite(value: Tensor, instead: float = 0.0) -> Tensor:
