@@ -123,7 +123,7 @@ def make_guide(name: str, model: Callable) -> Any:
         return AutoDiagonalNormal(model, init_scale=1.0)
     if name == "dense":
         return AutoMultivariateNormal(model, init_scale=1.0)
-    return AutoFlow(model, base="normal" if name == "flow" else "mixture", init_scale=1.0)
+    return AutoFlow(model, base="normal" if name == "flow" else "mixture", hidden_features=(64, 64), init_scale=1.0)
 
 
 def power(name: str, step: int, args: argparse.Namespace) -> float:

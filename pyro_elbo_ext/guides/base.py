@@ -51,6 +51,8 @@ class FlowGuide(SavedGuide):
         flow: ``"iaf"``, ``"coupling"``, ``"spline"``, or a function of (features, context) that returns a flow made by
             :func:`~pyro_elbo_ext.guides.make_flow` or by zuko.
         base: noise of flows given by name.
+        hidden_features: widths of the hidden layers of their networks, by default as in
+            :func:`~pyro_elbo_ext.guides.make_flow`.
         affine: ``"diag"`` or ``"tril"``, the outer affine map, or None.
         affine_rate: its learning rate in units of the networks'.
         init_loc_fn: first value of a site, as in Pyro's AutoGuides.
@@ -68,6 +70,7 @@ class FlowGuide(SavedGuide):
         flow: Any = "iaf",
         *,
         base: str = "normal",
+        hidden_features: Sequence[int] | None = None,
         affine: str | None = "diag",
         affine_rate: float = RATE,
         init_loc_fn: Callable = init_to_median,
@@ -80,12 +83,14 @@ class FlowGuide(SavedGuide):
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         if noncenter not in ("auto", False):
             raise ValueError(f'noncenter must be "auto" or False, got {noncenter!r}')
-        if not isinstance(flow, str) and base != "normal":
-            raise ValueError("base= is for flows given by name; give the function's own flow its base")
+        if not isinstance(flow, str) and (base != "normal" or hidden_features is not None):
+            name = "base" if base != "normal" else "hidden_features"
+            raise ValueError(f"{name}= is for flows given by name; give it to the function's own flow")
         if not isinstance(flow, str) and not callable(flow):
             raise ValueError(f"flow must be a name or a function of (features, context), got {flow!r}")
         self._make: Any = (flow,)  # not registered as a submodule
-        self._base, self._affine, self._affine_rate = base, affine, affine_rate
+        self._base, self._hidden_features = base, hidden_features
+        self._affine, self._affine_rate = affine, affine_rate
         self._init_loc_fn, self._init_scale, self._noncenter = init_loc_fn, init_scale, noncenter
         self._blocks: tuple[Block, ...] = ()
 
@@ -156,7 +161,8 @@ class FlowGuide(SavedGuide):
         loc = torch.cat([first_location(slot, START) for slot in block.slots])
         flow, features = self._make[0], block.features
         if isinstance(flow, str):
-            made = make_flow(flow, features, context, base=self._base, affine=None).to(loc.device, loc.dtype)
+            options: Any = {"base": self._base, "hidden_features": self._hidden_features, "affine": None}
+            made = make_flow(flow, features, context, **options).to(loc.device, loc.dtype)
         else:
             made = as_flow(flow if isinstance(flow, nn.Module) else flow(features, context), context=context)
             made = made.to(loc.device, loc.dtype)

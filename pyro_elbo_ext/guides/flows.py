@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_elbo_ext.guides.bases import ZukoBase, make_base
-from pyro_elbo_ext.guides.zuko import is_zuko_flow, lazy_transform, steps
+from pyro_elbo_ext.guides.zuko import is_autoregressive, is_zuko_flow, lazy_transform, push, steps
 
 __all__ = ["Affine", "Flow", "as_flow", "make_flow"]
 
@@ -147,6 +147,7 @@ class Flow(nn.Module):
         super().__init__()
         self.transform, self.base, self.affine = transform, base, affine
         self.features, self.context = features, context
+        self.autoregressive = is_autoregressive(transform)
         self.standard: nn.Module | None = None  # how a guide scales values for flows below
         self.register_buffer("dropped", torch.zeros((), dtype=torch.long), persistent=False)
 
@@ -167,11 +168,20 @@ class Flow(nn.Module):
 
     def push(self, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return values and log-determinants ``[*shape]`` of noise ``[*shape, features]``."""
-        y, ladj = self.transform(context).call_and_ladj(noise)
+        y, ladj = self._bend(noise, context)
         if self.affine is None:
             return y, ladj
         x, outer = self.affine.push(y)
         return x, ladj + outer
+
+    def _bend(self, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.autoregressive:
+            return self.transform(context).call_and_ladj(noise)
+        layers, shape = self.transform.transforms, noise.shape[:-1]
+        if context is not None:
+            context = context.expand(shape + context.shape[-1:]).reshape(-1, context.shape[-1])
+        y, ladj = push(layers, noise.reshape(-1, noise.shape[-1]), context)  # rows are multiplied without more ado
+        return y.view(noise.shape), ladj.view(shape)
 
     def pull(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the noise of values, and log-determinants of this direction; the slow one."""
@@ -232,7 +242,7 @@ def make_flow(
     context: int = 0,
     *,
     transforms: int | None = None,
-    hidden_features: Sequence[int] = (64, 64),
+    hidden_features: Sequence[int] | None = None,
     activation: Callable[[], nn.Module] = nn.SiLU,
     bins: int = 8,
     scale_bound: float | None = None,
@@ -259,11 +269,13 @@ def make_flow(
         features: number of coordinates.
         context: number of context features.
         transforms: number of layers; 3, for coupling 8.
-        hidden_features: widths of the networks' hidden layers.
+        hidden_features: widths of the networks' hidden layers; two of 64 units, one for ``"iaf"`` without context. One
+            fits scales that vary, as a funnel's, as well as two, and posteriors of several modes not at all.
         activation: of the networks; one with a kink gives densities with kinks, and worse fits.
         bins: of splines.
-        scale_bound: largest log-scale of an affine layer; 6.9, for coupling 2. A lower one tames the tails of flows
-            trained for a short time, and holds back those that need them, as a funnel's does.
+        scale_bound: largest log-scale of an affine layer, 6.9, inside which it is linear; for coupling, whose layers
+            are many, it bends towards 2. A lower one tames the tails of flows trained for a short time, and holds back
+            those that need them, as a funnel's does.
         base: ``"normal"``, ``"studentt"``, ``"mixture"``, or a module of ``guides.bases``.
         affine: ``"diag"`` or ``"tril"`` for an outer affine map with that scale, or None.
         loc: its first location.

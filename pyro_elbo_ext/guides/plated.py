@@ -47,8 +47,8 @@ class AutoPlatedFlow(FlowGuide):
             first.
         create_plates: as in Pyro's AutoGuides: returns the subsampled plates of a minibatch.
         flow: ``"iaf"``, ``"coupling"``, ``"spline"``, or a function of (features, context), called once a block.
-        **kwargs: ``base``, ``affine``, ``affine_rate``, ``init_loc_fn``, ``init_scale``, ``noncenter``, as in
-            :class:`~pyro_elbo_ext.guides.base.FlowGuide`.
+        **kwargs: ``base``, ``hidden_features``, ``affine``, ``affine_rate``, ``init_loc_fn``, ``init_scale``,
+            ``noncenter``, as in :class:`~pyro_elbo_ext.guides.base.FlowGuide`.
 
     Raises:
         ValueError: when first run: a discrete latent site, a support that is not fixed, a plate without features;

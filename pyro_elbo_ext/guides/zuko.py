@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Transform, constraints
+from torch.nn.functional import hardtanh
 
-__all__ = ["FLOWS", "bisects", "import_zuko", "is_zuko_flow", "lazy_transform", "near_identity", "steps", "take_mask"]
+__all__ = [
+    "FLOWS",
+    "ClampedAffine",
+    "bisects",
+    "import_zuko",
+    "is_autoregressive",
+    "is_zuko_flow",
+    "lazy_transform",
+    "near_identity",
+    "push",
+    "steps",
+    "take_mask",
+]
 
 FLOWS = ("iaf", "coupling", "spline")
 
@@ -44,12 +57,44 @@ def is_zuko_flow(flow: Any) -> bool:
     return isinstance(flow, import_zuko().lazy.Flow)
 
 
+class ClampedAffine(Transform):
+    r"""``y = shift + exp(s) x`` with the log-scale s held within bounds, and linear in its parameter inside.
+
+    zuko's own bends the log-scale everywhere, by ``s / (1 + |s| / bound)``, which networks must first learn to undo
+    where a posterior's scale is exponential in its neighbours, as a funnel's.
+
+    Args:
+        shift: ``[*batch]``.
+        scale: log-scale before it is clamped.
+        bound: largest absolute log-scale.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+    sign = +1
+
+    def __init__(self, shift: Tensor, scale: Tensor, bound: float) -> None:
+        super().__init__()
+        self.shift, self.log_scale = shift, hardtanh(scale, -bound, bound)  # clamp's way back takes five operations
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, self.log_scale.exp(), x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return (y - self.shift) * (-self.log_scale).exp()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the log-scale, of the shape of x."""
+        return self.log_scale if self.log_scale.shape == x.shape else self.log_scale.expand(x.shape)
+
+
 def lazy_transform(
     kind: str,
     features: int,
     context: int,
     transforms: int | None,
-    hidden_features: Sequence[int],
+    hidden_features: Sequence[int] | None,
     activation: Callable[[], nn.Module],
     bins: int,
     scale_bound: float | None,
@@ -61,26 +106,29 @@ def lazy_transform(
         features: number of coordinates.
         context: number of context features.
         transforms: number of layers; by default 3, or 8 for ``"coupling"``.
-        hidden_features: widths of the networks' hidden layers.
+        hidden_features: widths of the networks' hidden layers; by default two of 64 units, one for ``"iaf"`` without a
+            context.
         activation: of the networks.
         bins: of the splines.
-        scale_bound: largest log-scale of an affine layer.
+        scale_bound: largest log-scale of an affine layer; by default 6.9, or 2 for ``"coupling"``.
     """
     zuko = import_zuko()
     if kind not in FLOWS:
         known = ", ".join(f'"{name}"' for name in FLOWS)
         raise ValueError(f"flow must be one of {known}, or a function of (features, context); got {kind!r}")
-    bound = scale_bound or (2.0 if kind == "coupling" else -math.log(1e-3))
+    if hidden_features is None:
+        hidden_features = (64,) if kind == "iaf" and not context else (64, 64)
     network: dict[str, Any] = {"hidden_features": tuple(hidden_features), "activation": activation}
-    affine = {"univariate": partial(zuko.transforms.MonotonicAffineTransform, slope=math.exp(-bound))}
     if kind == "spline" or features + context == 1:  # one affine coordinate alone would be a plain Gaussian
         flow = zuko.flows.NSF(
             features, context, bins=bins, transforms=transforms or 3, **_fitting(network, features, context)
         )
     elif kind == "iaf" or features == 1:
-        flow = zuko.flows.MAF(features, context, transforms=transforms or 3, **affine, **network)
+        univariate = partial(ClampedAffine, bound=scale_bound or -math.log(1e-3))
+        flow = zuko.flows.MAF(features, context, transforms=transforms or 3, univariate=univariate, **network)
     else:
-        flow = zuko.flows.NICE(features, context, transforms=transforms or 8, **affine, **network)
+        univariate = partial(zuko.transforms.MonotonicAffineTransform, slope=math.exp(-(scale_bound or 2.0)))
+        flow = zuko.flows.NICE(features, context, transforms=transforms or 8, univariate=univariate, **network)
     near_identity(flow.transform)
     return flow.transform
 
@@ -98,6 +146,30 @@ def near_identity(transform: nn.Module, factor: float = 0.01) -> None:
         last = [layer.hyper[-1]] if hasattr(layer, "hyper") else [layer]
         for parameter in (p for module in last for p in module.parameters(recurse=True)):
             parameter.mul_(factor)
+
+
+def is_autoregressive(lazy: nn.Module) -> bool:
+    """Tell whether a lazy transform is made of autoregressive layers alone."""
+    kind = import_zuko().flows.MaskedAutoregressiveTransform
+    layers: Any = getattr(lazy, "transforms", ())
+    return len(layers) > 0 and all(isinstance(layer, kind) for layer in layers)
+
+
+def push(layers: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what autoregressive layers make of x, and the log-determinant, summed over the coordinates once."""
+    ladjs = []
+    for layer in layers:
+        x, ladj = _elementwise(layer, x, context).call_and_ladj(x)
+        ladjs.append(ladj)
+    return x, reduce(torch.add, ladjs).sum(-1)
+
+
+def _elementwise(layer: Any, x: Tensor, context: Tensor | None) -> Any:
+    """Return what an autoregressive layer does to each coordinate, without most of the views that zuko takes."""
+    if any(layer.shapes):  # parameters that are vectors, as a spline's
+        return layer.meta(context, x).base
+    given = x if context is None else torch.cat((x, context), -1)
+    return layer.univariate(*layer.hyper(given).unflatten(-1, (-1, layer.total)).unbind(-1))
 
 
 def steps(transform: Transform) -> list[tuple[Callable[[Tensor], Any], int]] | None:

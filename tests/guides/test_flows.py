@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_elbo_ext import IWAE_ELBO, VRIWAE_ELBO, FlowDistribution, make_flow
 from pyro_elbo_ext.guides.bases import MixtureBase
-from pyro_elbo_ext.guides.zuko import import_zuko, near_identity
+from pyro_elbo_ext.guides.zuko import ClampedAffine, import_zuko, near_identity
 
 KINDS = ("iaf", "coupling", "spline")
 BASES = ("normal", "studentt", "mixture")
@@ -46,7 +46,7 @@ def flows(min_features=1):
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_density_on_the_line_integrates_to_one(kind, context):
-    amount = 0.1 if kind == "spline" else 0.3  # the grid resolves its kinks
+    amount = 0.3 if kind == "coupling" else 0.1  # the grid resolves a spline's kinks, and holds all of an affine layer
     fn = FlowDistribution(bent(kind, 1, context, amount), given(context))
     grid = torch.linspace(-60, 60, 1_000_001)
     with torch.no_grad():
@@ -93,6 +93,31 @@ def test_every_coordinate_depends_on_all_noise(kind):
     flow = bent(kind, 6)
     jacobian = torch.autograd.functional.jacobian(lambda e: flow.push(e)[0], torch.randn(6))
     assert (jacobian != 0).all()
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("kind", ["iaf", "spline"])
+def test_layers_do_what_zukos_own_composition_does(kind, context):
+    flow = bent(kind, 4, context, affine=None)
+    c, noise = given(context, 5), torch.randn(7, 5, 4)
+    found = []
+    for push in (flow.push, lambda noise, c: flow.transform(c).call_and_ladj(noise)):
+        values = push(noise, c)
+        slopes = torch.autograd.grad(sum(value.sin().sum() for value in values), list(flow.transform.parameters()))
+        found.append([*values, *slopes])
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-12) for one, other in zip(*found, strict=True))
+
+
+def test_a_scale_is_held_within_its_bounds_and_is_linear_inside():
+    scale = torch.tensor([-9.0, -1.5, 0.0, 1.5, 9.0], requires_grad=True)
+    layer = ClampedAffine(torch.full((5,), 0.5), scale, bound=2.0)
+    x = torch.randn(3, 5)
+    y, ladj = layer.call_and_ladj(x)
+    held = torch.tensor([-2.0, -1.5, 0.0, 1.5, 2.0])
+    assert torch.allclose(y, 0.5 + held.exp() * x) and torch.allclose(ladj, held.expand(3, 5))
+    assert torch.allclose(layer.inv(y), x)
+    (slope,) = torch.autograd.grad(ladj.sum(), scale)
+    assert torch.equal(slope, torch.tensor([0.0, 3.0, 3.0, 3.0, 0.0]))
 
 
 @pytest.mark.parametrize("kind, features, context, base, affine", flows())
@@ -164,7 +189,8 @@ def worst_z(one, other):
 )
 def test_path_estimators_agree_with_the_total_derivative(kind, make):
     model, guide, flows = two_level_pair(kind)
-    parameters = [p for name, p in flows.named_parameters() if "affine" in name or name.endswith("4.bias")]
+    last = [layer.hyper[-1].bias for flow in flows.values() for layer in flow.transform.transforms]
+    parameters = [p for name, p in flows.named_parameters() if "affine" in name] + last
     path = "stl" if make("stl").num_particles == 64 else "dreg"
     found = [gradients(make(gradient), model, guide, parameters, 300) for gradient in (path, "pathwise")]
     assert worst_z(*found) < 5
@@ -302,6 +328,14 @@ def test_draws_of_a_stretched_flow_are_finite_or_of_no_weight(kind):
     lost = ~torch.isfinite(fn.log_prob(x))
     assert torch.isfinite(x).all() and (fn.log_prob(x)[lost] == math.inf).all()
     assert (int(lost.sum()) > 0) == (kind == "coupling")  # the deepest overflows
+
+
+def test_a_draw_that_overflows_is_of_no_weight():
+    fn = FlowDistribution(make_flow("iaf", 2, scale=2e38, affine_rate=1.0).float())  # the limit is 3.4e38
+    x = fn.sample((1000,))
+    lost = fn.log_prob(x) == math.inf
+    assert 100 < int(lost.sum()) < 300 and (x[lost] == 0).all() and torch.isfinite(x).all()
+    assert torch.isfinite(fn.log_prob(x)[~lost]).all()
 
 
 def test_mixture_draws_follow_their_density():

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import statistics
 
 import pyro
 import pyro.distributions as dist
@@ -307,13 +308,24 @@ def test_zuko_flows_and_flows_of_ones_own():
         assert sum(svi.evaluate_loss() for _ in range(10)) < 95 < start  # nats: 110 or more before, 84 or less after
 
 
+@pytest.mark.parametrize("guide", [AutoFlow(schools, hidden_features=(5, 7)), AutoPlatedFlow(schools, {"schools": 2})])
+def test_networks_are_as_deep_as_they_are_asked_to_be(guide):
+    """By default with two layers where there is a context, and one where there is none."""
+    guide.build()
+    found = {key: [len(layer.hyper) // 2 for layer in flow.transform.transforms] for key, flow in guide.flows.items()}
+    joint = isinstance(guide, AutoFlow)
+    assert found == ({"block_latent": [2] * 3} if joint else {"block_global": [1] * 3, "block_schools": [2] * 3})
+    if joint:
+        assert guide.flows["block_latent"].transform.transforms[0].hyper[2].weight.shape == (7, 5)
+
+
 @pytest.mark.convergence
 @pytest.mark.parametrize("base", ["studentt", "mixture"])
 @pytest.mark.parametrize("flow", ["iaf", "coupling", "spline"])
 def test_every_flow_and_base_trains(flow, base):
     guide = AutoFlow(schools, flow=flow, base=base)
     svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), VRIWAE_ELBO(1.0, 16))
-    start = sum(svi.evaluate_loss() for _ in range(10))
+    start = statistics.median(svi.evaluate_loss() for _ in range(11))  # a mixture's first tails spoil a mean
     for _ in range(70):
         svi.step()
-    assert sum(svi.evaluate_loss() for _ in range(10)) < 100 < start  # nats: over 115 before, 80 to 90 after
+    assert statistics.median(svi.evaluate_loss() for _ in range(11)) < 9.5 < start  # nats: 10 or more, then 8 to 9

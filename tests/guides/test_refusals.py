@@ -128,6 +128,11 @@ REFUSALS = {
     "flow": (lambda: AutoFlow(schools, flow="maf")(), ValueError, "flow must be one of"),
     "no-flow": (lambda: AutoFlow(schools, flow=3), ValueError, "a name or a function"),
     "base": (lambda: AutoFlow(schools, flow=make_flow, base="mixture"), ValueError, "base= is for flows given by name"),
+    "widths": (
+        lambda: AutoFlow(schools, flow=make_flow, hidden_features=(8,)),
+        ValueError,
+        "hidden_features= is for flows given by name",
+    ),
     "affine": (lambda: AutoFlow(schools, affine="full")(), ValueError, '"diag", "tril" or None'),
     "features": (
         lambda: AutoFlow(schools, flow=import_zuko().flows.NICE(5))(),
