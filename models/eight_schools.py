@@ -11,14 +11,14 @@ means of its draws as they are, not weighted. `python models/eight_schools.py` t
 8 s); `--netcdf` writes the best guide's draws for ArviZ as well.
 
 Log Z is -31.3113 nats. Expect, for seeds 0, 1, 2, a KL of 3.0, 2.7, 2.9 nats for AutoNormal and of 2.2, 1.8, 1.9 for
-AutoMultivariateNormal, both still falling after 1000 steps; 0.18, 0.17, 0.16 for AutoFlow(noncenter=False); 0.10, 0.07,
-0.08 for AutoFlow, which non-centres theta by itself; and 0.004, 0.004, 0.006 when sticking-the-landing takes the
-score's noise out of the same ELBO's gradient, for three times the seconds. AutoPlatedFlow has 0.02, 0.10, 0.05. Of the
+AutoMultivariateNormal, both still falling after 1000 steps; 0.18, 0.14, 0.17 for AutoFlow(noncenter=False); 0.09, 0.07,
+0.06 for AutoFlow, which non-centres theta by itself; and 0.015, 0.033, 0.012 when sticking-the-landing takes the
+score's noise out of the same ELBO's gradient, for three times the seconds. AutoPlatedFlow has 0.04, 0.03, 0.04. Of the
 best run all means are within 0.03 standard deviations. The Gaussians' are off by 0.6 to 0.9 at the worst school, and
 their k-hat, 0.77 to 0.96, says so: `diagnose` calls them BAD or UNCLEAR, and AutoFlow under both gradients GOOD.
 
 An importance-weighted bound trains the weighted draws, not the draws: under IWAE + DReG the same flow's L_100 is within
-0.004 nats of log Z, its standard error, but its KL is 3.7, 0.4, 1.7, and its deviation of tau 11, 6, 9 for 3.2.
+0.004 nats of log Z, its standard error, but its KL is 1.6, 0.3, 1.1, and its deviation of tau 9, 5, 8 for 3.2.
 `diagnose` says REWEIGHT.
 
 References: Estimation in Parallel Randomized Experiments (Rubin, 1981), with the data; Yes, but Did It Work?:

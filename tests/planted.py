@@ -324,6 +324,20 @@ PLANTS = (
         "guides/test_auto_guides.py::test_each_row_gets_its_own_whatever_the_minibatch",
     ),
     _plant(
+        "log-determinant of a flow's last layer alone",
+        "guides/zuko.py",
+        "reduce(torch.add, ladjs).sum(-1)\n",
+        "ladjs[-1].sum(-1)\n",
+        "guides/test_flows.py::test_layers_do_what_zukos_own_composition_does",
+    ),
+    _plant(
+        "Jacobian of positive coordinates not summed over their event",
+        "guides/structure.py",
+        "        return sum_rightmost(-u, latent.event_dim)\n",
+        "        return -u\n",
+        "guides/test_auto_guides.py::test_draws_lie_in_the_support_and_weigh_their_jacobian",
+    ),
+    _plant(
         "step taken though its gradient is not finite",
         "run/steps.py",
         "            for p in params.values():\n                p.grad = None\n",
