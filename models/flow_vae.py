@@ -11,14 +11,14 @@ the ELBO, `VRIWAE_ELBO(1.0)`, whose gradient is `--gradient`. The inference gap 
 on KL(q(z | x) || p(z | x)) that is close to it where the gap is small. `python models/flow_vae.py` takes about 40 s
 on one core that is its own (`--quick` 6 s).
 
-Expect the flow's test ELBO (nats per image) above the Gaussian's by 0.77, 0.41, 0.66, 0.94, 0.95 for seeds 0 to 4
-(paired, standard error 0.16 to 0.27), from -18.9 to -20.1, and its gap smaller by 0.56, 0.17, 0.10, 0.31, 0.46 (0.09
-to 0.16: for seeds 1 and 2 about one error), from 0.9 to 1.3. After 1500 steps the ELBO's
-gains are 0.65, 0.24, 0.26 for seeds 0 to 2.
+Expect the flow's test ELBO (nats per image) above the Gaussian's by 0.42, 0.74, 0.28, 1.06, 0.84 for seeds 0 to 4
+(paired, standard error 0.19 to 0.26), from -18.9 to -20.1, and its gap smaller by 0.40, 0.25, 0.02, 0.44, 0.48 (0.12
+to 0.13: nothing for seed 2), from 0.9 to 1.3. After 1500 steps the ELBO's gains are 0.85, 0.49 and -0.12 for seeds 0 to
+2.
 
 It is not so everywhere. A flow starts almost without its context and takes longer to learn to use it: in short runs
-(`--quick`) the Gaussian is 3 nats better, and with four latent dimensions (`--latent 4 --steps 1500`, seed 0) 1.0 nat,
-though the flow's gap is smaller by 0.23. For one decoder, held fixed, a flow gains 0.2 to 0.3 nats with two dimensions
+(`--quick`) the Gaussian is 3 nats better, and with four latent dimensions (`--latent 4 --steps 1500`, seed 0) 1.3 nats,
+though the flow's gap is no larger. For one decoder, held fixed, a flow gains 0.2 to 0.3 nats with two dimensions
 and 0.0 to 0.1 with four, but may also end with a tenth of the images in the wrong region, and lose one nat.
 
 References: Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016, arXiv:1606.04934);
