@@ -24,7 +24,7 @@ class _Drawn(NamedTuple):
 
 
 def _not_finite(value: Tensor) -> Tensor:
-    """Tell which values are infinite or not a number, in two operations to the six of ``isfinite``."""
+    """Tell which values are infinite or not a number, in two operations, where ``isfinite`` alone takes four."""
     return (value - value) != 0
 
 

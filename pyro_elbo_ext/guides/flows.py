@@ -177,10 +177,11 @@ class Flow(nn.Module):
     def _bend(self, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.autoregressive:
             return self.transform(context).call_and_ladj(noise)
-        layers, shape = self.transform.transforms, noise.shape[:-1]
+        shape = noise.shape[:-1]
         if context is not None:
-            context = context.expand(shape + context.shape[-1:]).reshape(-1, context.shape[-1])
-        y, ladj = push(layers, noise.reshape(-1, noise.shape[-1]), context)  # rows are multiplied without more ado
+            context = context.expand(shape + context.shape[-1:]).reshape(shape.numel(), context.shape[-1])
+        rows = noise.reshape(shape.numel(), noise.shape[-1])  # multiplied without more ado
+        y, ladj = push(self.transform.transforms, rows, context)
         return y.view(noise.shape), ladj.view(shape)
 
     def pull(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -270,12 +271,12 @@ def make_flow(
         context: number of context features.
         transforms: number of layers; 3, for coupling 8.
         hidden_features: widths of the networks' hidden layers; two of 64 units, one for ``"iaf"`` without context. One
-            fits scales that vary, as a funnel's, as well as two, and posteriors of several modes not at all.
+            layer fits scales that vary, as a funnel's, as well as two do, and several modes much worse.
         activation: of the networks; one with a kink gives densities with kinks, and worse fits.
         bins: of splines.
-        scale_bound: largest log-scale of an affine layer, 6.9, inside which it is linear; for coupling, whose layers
-            are many, it bends towards 2. A lower one tames the tails of flows trained for a short time, and holds back
-            those that need them, as a funnel's does.
+        scale_bound: largest log-scale of an affine layer, towards which it then bends; 2 for coupling. By default those
+            of ``"iaf"`` are linear, and clamped at 6.9. A lower bound tames the tails of flows trained for a short
+            time, and holds back those that need them, as a funnel's does.
         base: ``"normal"``, ``"studentt"``, ``"mixture"``, or a module of ``guides.bases``.
         affine: ``"diag"`` or ``"tril"`` for an outer affine map with that scale, or None.
         loc: its first location.
@@ -294,6 +295,8 @@ def make_flow(
     ):
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be positive, got {number}")
+    if isinstance(hidden_features, int):
+        raise ValueError(f"hidden_features must be a sequence of widths, got {hidden_features}: ({hidden_features},)")
     if affine not in ("diag", "tril", None):
         raise ValueError(f'affine must be "diag", "tril" or None, got {affine!r}')
     transform = lazy_transform(kind, features, context, transforms, hidden_features, activation, bins, scale_bound)

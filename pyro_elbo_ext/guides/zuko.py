@@ -58,7 +58,7 @@ def is_zuko_flow(flow: Any) -> bool:
 
 
 class ClampedAffine(Transform):
-    r"""``y = shift + exp(s) x`` with the log-scale s held within bounds, and linear in its parameter inside.
+    """``y = shift + exp(s) x`` with the log-scale s held within bounds, and linear in its parameter inside.
 
     zuko's own bends the log-scale everywhere, by ``s / (1 + |s| / bound)``, which networks must first learn to undo
     where a posterior's scale is exponential in its neighbours, as a funnel's.
@@ -110,7 +110,8 @@ def lazy_transform(
             context.
         activation: of the networks.
         bins: of the splines.
-        scale_bound: largest log-scale of an affine layer; by default 6.9, or 2 for ``"coupling"``.
+        scale_bound: largest log-scale of an affine layer, towards which it bends; by default 2, and for ``"iaf"`` it is
+            linear and clamped at 6.9.
     """
     zuko = import_zuko()
     if kind not in FLOWS:
@@ -119,15 +120,16 @@ def lazy_transform(
     if hidden_features is None:
         hidden_features = (64,) if kind == "iaf" and not context else (64, 64)
     network: dict[str, Any] = {"hidden_features": tuple(hidden_features), "activation": activation}
+    univariate: Any = partial(zuko.transforms.MonotonicAffineTransform, slope=math.exp(-(scale_bound or 2.0)))
+    if kind == "iaf" and scale_bound is None:
+        univariate = partial(ClampedAffine, bound=-math.log(1e-3))
     if kind == "spline" or features + context == 1:  # one affine coordinate alone would be a plain Gaussian
         flow = zuko.flows.NSF(
             features, context, bins=bins, transforms=transforms or 3, **_fitting(network, features, context)
         )
     elif kind == "iaf" or features == 1:
-        univariate = partial(ClampedAffine, bound=scale_bound or -math.log(1e-3))
         flow = zuko.flows.MAF(features, context, transforms=transforms or 3, univariate=univariate, **network)
     else:
-        univariate = partial(zuko.transforms.MonotonicAffineTransform, slope=math.exp(-(scale_bound or 2.0)))
         flow = zuko.flows.NICE(features, context, transforms=transforms or 8, univariate=univariate, **network)
     near_identity(flow.transform)
     return flow.transform
@@ -149,10 +151,12 @@ def near_identity(transform: nn.Module, factor: float = 0.01) -> None:
 
 
 def is_autoregressive(lazy: nn.Module) -> bool:
-    """Tell whether a lazy transform is made of autoregressive layers alone."""
-    kind = import_zuko().flows.MaskedAutoregressiveTransform
-    layers: Any = getattr(lazy, "transforms", ())
-    return len(layers) > 0 and all(isinstance(layer, kind) for layer in layers)
+    """Tell whether a lazy transform is zuko's composition of its autoregressive layers, and of nothing else."""
+    zuko = import_zuko()
+    if type(lazy) is not zuko.lazy.LazyComposedTransform:
+        return False
+    layers: Any = lazy.transforms
+    return all(type(layer) is zuko.flows.MaskedAutoregressiveTransform for layer in layers)
 
 
 def push(layers: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

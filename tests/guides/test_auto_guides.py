@@ -201,7 +201,10 @@ def test_a_particle_that_fails_below_does_not_reach_the_centring_weights(make):
 @pytest.mark.convergence
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_a_prior_is_fitted_exactly(make):
-    """The funnel of a hierarchy without data: non-centred, a Gaussian is exact; centred it is 1 nat away."""
+    """The funnel of a hierarchy without data: non-centred, a Gaussian is exact; centred it is 1 nat away.
+
+    A network of one hidden layer, whose steps move it further, takes 1000 of them to settle where two took 500.
+    """
 
     def model():
         v = pyro.sample("v", dist.Normal(torch.tensor(0.0), 1.5))

@@ -128,6 +128,7 @@ REFUSALS = {
     "flow": (lambda: AutoFlow(schools, flow="maf")(), ValueError, "flow must be one of"),
     "no-flow": (lambda: AutoFlow(schools, flow=3), ValueError, "a name or a function"),
     "base": (lambda: AutoFlow(schools, flow=make_flow, base="mixture"), ValueError, "base= is for flows given by name"),
+    "width": (lambda: make_flow("iaf", 3, hidden_features=64), ValueError, r"a sequence of widths, got 64: \(64,\)"),
     "widths": (
         lambda: AutoFlow(schools, flow=make_flow, hidden_features=(8,)),
         ValueError,
