@@ -8,6 +8,8 @@ import torch
 
 from pyro_elbo_ext.arviz import _import_arviz
 
+_import_arviz()  # the first import of a day warns of its next major
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 PRINTED = re.findall(r"^(\w+_ELBO) +(-[\d.]+) nats$", README, flags=re.M)
@@ -63,7 +65,6 @@ def test_flow_guides_print_what_they_say(printed_by):
 
 @pytest.mark.convergence
 def test_a_fit_is_judged_and_kept_as_it_says(printed_by):
-    _import_arviz()  # else the first import of a day warns of its next major
     out = printed_by(5)
     said = re.findall(r"^mu +(-?[\d.]+) +([\d.]+)", README, flags=re.M)[0]
     found = re.findall(r"^mu +(-?[\d.]+) +([\d.]+)", out, flags=re.M)[0]
