@@ -94,3 +94,15 @@ def test_factors_and_no_plates():
 def test_refusals():
     with pytest.raises(ValueError, match="at least 2"):
         elbo_terms(local_model, local_guide, num_samples=1)
+
+
+def test_auto_normal_has_a_closed_form_of_a_vector():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 2.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoNormal(model, init_scale=0.5)
+    terms = elbo_terms(model, guide, num_samples=2000).terms
+    own = dist.Normal(guide.locs.z.detach(), guide.scales.z.detach())
+    assert terms["z"].exact == pytest.approx(float(kl_divergence(own, dist.Normal(torch.zeros(3), 2.0)).sum()))
+    assert abs(terms["z"].value - terms["z"].exact) < 4 * terms["z"].se
