@@ -26,7 +26,7 @@ class AutoFlow(FlowGuide):
 
     Use it where the number of coordinates is fixed and small, up to some hundreds; with latents in large or subsampled
     plates use :class:`AutoPlatedFlow`. A step costs 1.4 times that of ``AutoDiagonalNormal``, and
-    with the deeper networks, ``hidden_features=(64, 64)``, that posteriors of several modes need, 1.6 times.
+    with the deeper networks, ``hidden_features=(64, 64)``, that posteriors of several modes need, 1.5 to 1.6 times.
 
     References:
         Variational Inference with Normalizing Flows (Rezende, Mohamed, 2015, arXiv:1505.05770); Improved Variational
